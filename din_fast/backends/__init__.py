@@ -1,0 +1,1 @@
+"""Backends: each computes the same ops on segments; none knows of modules."""

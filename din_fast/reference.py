@@ -1,0 +1,199 @@
+"""DIN's activation unit in plain PyTorch: the definition of right, readable in one sitting.
+
+It writes every tensor that the fused kernels avoid, and is what they are tested against, in float64.
+Paper: https://arxiv.org/abs/1706.06978, section 4.3 (the unit) and 5.3 (Dice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from din_fast.spec import HiddenLayer, UnitParameters, UnitSpec
+
+
+def features(query: Tensor, history: Tensor, blocks: tuple[str, ...]) -> Tensor:
+    """(B, D) and (B, L, D) -> (B, L, len(blocks) * D), the blocks side by side."""
+    q, k = query.unsqueeze(1).expand_as(history), history
+    block: dict[str, Callable[[], Tensor]] = {
+        "q": lambda: q,
+        "k": lambda: k,
+        "q-k": lambda: q - k,
+        "k-q": lambda: k - q,
+        "q*k": lambda: q * k,
+    }
+    return torch.cat([block[name]() for name in blocks], dim=-1)
+
+
+def dice(z: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+    """Dice: z where its gate is open, alpha z where it is shut; x is the gate's normalised argument."""
+    p = torch.sigmoid(x)
+    return p * z + (1 - p) * alpha * z
+
+
+def row_normalised(z: Tensor, eps: float) -> Tensor:
+    """torch-rechub's gate: centred over the hidden units of a row, divided by sqrt of the *sum* of squares + eps."""
+    centred = z - z.mean(dim=-1, keepdim=True)
+    return centred / torch.sqrt((centred.square() + eps).sum(dim=-1, keepdim=True))
+
+
+def activate(z: Tensor, layer: HiddenLayer, spec: UnitSpec) -> Tensor:
+    """The activation of one hidden layer; z is (rows, H)."""
+    if spec.activation == "dice_row":
+        assert layer.slope is not None
+        return dice(z, row_normalised(z, spec.dice_eps), layer.slope.reshape(-1))
+    if spec.activation == "dice_batch":
+        assert layer.slope is not None and layer.gate_norm is not None
+        return dice(z, layer.gate_norm(z), layer.slope.reshape(-1))
+    if spec.activation == "prelu":
+        assert layer.slope is not None
+        return F.prelu(z, layer.slope.reshape(-1))
+    return {"relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda t: t}[spec.activation](z)
+
+
+def scores(query: Tensor, history: Tensor, parameters: UnitParameters, spec: UnitSpec) -> Tensor:
+    """The MLP's score of every position, (B, L)."""
+    x = features(query, history, spec.blocks).flatten(0, 1)
+    for layer in parameters.hidden:
+        x = F.linear(x, layer.weight, layer.bias)
+        if layer.norm is not None:
+            x = layer.norm(x)
+        x = activate(x, layer, spec)
+    return F.linear(x, parameters.weight, parameters.bias).view(history.shape[:2])
+
+
+def weights_of(score: Tensor, valid: Tensor | None, spec: UnitSpec) -> Tensor:
+    """Scores (B, L) -> weights (B, L): the score's activation, the mask, softmax."""
+    if spec.score_activation == "sigmoid":
+        score = torch.sigmoid(score)
+    if valid is None:
+        return score.softmax(dim=-1) if spec.softmax else score
+    if not spec.softmax:
+        return score.masked_fill(~valid, 0.0)
+    empty = ~valid.any(dim=-1, keepdim=True)
+    weight = score.masked_fill(~valid, -torch.inf).masked_fill(empty, 0.0).softmax(dim=-1)
+    if spec.empty == "zeros":
+        return weight.masked_fill(~valid, 0.0)
+    return weight if spec.empty == "uniform" else weight.masked_fill(empty, torch.nan)
+
+
+def uses_batch_statistics(parameters: UnitParameters) -> bool:
+    """Whether a BatchNorm of the unit normalises with the statistics of the batch at hand."""
+    norms = [n for layer in parameters.hidden for n in (layer.norm, layer.gate_norm) if n is not None]
+    return any(n.training or n.running_mean is None for n in norms)
+
+
+def activation_unit(
+    query: Tensor, history: Tensor, parameters: UnitParameters, spec: UnitSpec, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The unit on (B, D) and (B, L, D), with ``valid`` (B, L) bool or None: (pooled (B, D), weights (B, L)).
+
+    Padded rows reach the result only where they are input: through the statistics of the batch, which count them as
+    the frameworks do, and where a softmax over nothing is uniform over all L rows.
+    """
+    if history.shape[0] == 0 or history.shape[1] == 0:
+        return query * 0.0 + history.sum(dim=1), history.sum(dim=2)
+    if valid is not None and not uses_batch_statistics(parameters):
+        keep = valid
+        if spec.softmax and spec.empty != "zeros":
+            keep = valid | ~valid.any(dim=-1, keepdim=True)
+        history = history.masked_fill(~keep.unsqueeze(-1), 0.0)
+    weight = weights_of(scores(query, history, parameters, spec), valid, spec)
+    pooled = (weight.unsqueeze(-1) * history).sum(dim=1)
+    if spec.pooling == "mean" or (spec.pooling == "mean_valid" and valid is None):
+        pooled = pooled / history.shape[1]
+    elif spec.pooling == "mean_valid":
+        assert valid is not None
+        pooled = pooled / valid.sum(dim=-1, keepdim=True).clamp(min=1)
+    return pooled, weight
+
+
+class RowDice(nn.Module):
+    """torch-rechub's Dice: no running statistics, one alpha, drawn from N(0, 1)."""
+
+    def __init__(self, units: int, spec: UnitSpec) -> None:
+        super().__init__()
+        self.eps = spec.dice_eps
+        self.alpha = nn.Parameter(torch.randn(units if spec.per_channel_slope else 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return dice(z, row_normalised(z, self.eps), self.alpha)
+
+
+class BatchDice(nn.Module):
+    """Dice with a BatchNorm1d per hidden unit (the paper's; FuxiCTR, DeepCTR-Torch); alpha starts at 0."""
+
+    def __init__(self, units: int, spec: UnitSpec) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(units, eps=spec.dice_eps, momentum=spec.dice_momentum, affine=spec.dice_affine)
+        self.alpha = nn.Parameter(torch.zeros(units if spec.per_channel_slope else 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return dice(z, self.bn(z), self.alpha)
+
+
+def _activation_module(units: int, spec: UnitSpec) -> nn.Module:
+    if spec.activation == "dice_row":
+        return RowDice(units, spec)
+    if spec.activation == "dice_batch":
+        return BatchDice(units, spec)
+    if spec.activation == "prelu":
+        return nn.PReLU(units if spec.per_channel_slope else 1, init=spec.prelu_init)
+    return {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "identity": nn.Identity}[spec.activation]()
+
+
+class MLP(nn.Module):
+    """The unit's MLP: [Linear, (BatchNorm1d), activation, (Dropout)] per hidden layer, then Linear(., 1)."""
+
+    def __init__(self, emb_dim: int, spec: UnitSpec) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        inputs = len(spec.blocks) * emb_dim
+        for units in spec.hidden_units:
+            modules.append(nn.Linear(inputs, units))
+            if spec.batch_norm:
+                modules.append(nn.BatchNorm1d(units))
+            modules.append(_activation_module(units, spec))
+            if spec.dropout is not None:
+                modules.append(nn.Dropout(spec.dropout))
+            inputs = units
+        self.mlp = nn.Sequential(*modules, nn.Linear(inputs, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+    def unit_parameters(self) -> UnitParameters:
+        """The parameters and statistics holders of the layers, as the functional form takes them."""
+        *hidden, last = (m for m in self.mlp if isinstance(m, nn.Linear))
+        norms = [m for m in self.mlp if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        gates = [m for m in self.mlp if isinstance(m, RowDice | BatchDice | nn.PReLU)]
+        layers = []
+        for i, linear in enumerate(hidden):
+            gate = gates[i] if gates else None
+            slope = None if gate is None else gate.weight if isinstance(gate, nn.PReLU) else gate.alpha
+            layers.append(
+                HiddenLayer(
+                    linear.weight, linear.bias, norms[i] if norms else None, getattr(gate, "bn", None), slope
+                )
+            )
+        return UnitParameters(tuple(layers), last.weight, last.bias)
+
+
+class ActivationUnit(nn.Module):
+    """The unit that a :class:`~din_fast.UnitSpec` describes, in plain PyTorch.
+
+    With the preset ``rechub`` it is torch-rechub's ``ActivationUnit``: the same argument order (history first), the same
+    state_dict keys and the same result.
+    """
+
+    def __init__(self, emb_dim: int, spec: UnitSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attention = MLP(emb_dim, spec)
+
+    def forward(self, history: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, L, D), (B, D) and an optional bool (B, L), True where a position counts -> (B, D)."""
+        return activation_unit(target, history, self.attention.unit_parameters(), self.spec, valid)[0]

@@ -1,0 +1,153 @@
+"""Every layout of histories as segments of rows, and every check of shapes, dtypes and devices.
+
+The kernels know one layout: the history is rows of D numbers with one row stride; a user's segment is a start (in
+elements) and a length. A dense (B, L, D) tensor, sliced or not, is such a layout as it stands: nothing is copied unless
+its last stride is not 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from din_fast.spec import UnitParameters, UnitSpec
+
+FLOATS = (torch.float32, torch.float64)
+
+
+class Segments(NamedTuple):
+    """Histories as the kernels take them.
+
+    Attributes:
+        history: (users, L, D), any strides but a last stride of 1; or, ragged, (N, D).
+        starts: (users,) int64, where a user's rows begin, in elements; None for a dense history.
+        lengths: (users,) int64, valid rows of each user; None when all L count.
+        candidate_offsets: (users + 1,) int64, the candidates of each user; None for one candidate a user.
+        mask: (users, L) bool, True where a position counts; None when all do.
+    """
+
+    history: Tensor
+    starts: Tensor | None
+    lengths: Tensor | None
+    candidate_offsets: Tensor | None
+    mask: Tensor | None
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """The tensor itself where its rows are contiguous, else a copy: the only copy that is ever made of an input."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def prepare(query: Tensor, history: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Segments:
+    """Check the four inputs of a dense call, (B, D), (B, L, D), (B, L) and (B,), and describe them as segments."""
+    _tensor("history", history)
+    _tensor("query", query)
+    if history.dim() != 3:
+        raise ValueError(f"history: expected 3 dimensions (batch, length, dim), got shape {tuple(history.shape)}")
+    batch, length, dim = history.shape
+    if query.dim() != 2:
+        raise ValueError(f"query: expected 2 dimensions (batch, dim), got shape {tuple(query.shape)}")
+    if tuple(query.shape) != (batch, dim):
+        raise ValueError(f"query: expected shape {(batch, dim)} to go with the history, got {tuple(query.shape)}")
+    if dim < 1:
+        raise ValueError(f"history: expected dim of at least 1, got shape {tuple(history.shape)}")
+    if history.dtype not in FLOATS:
+        raise TypeError(f"history: expected float32 or float64, got {history.dtype}")
+    if query.dtype != history.dtype:
+        raise TypeError(f"query: expected {history.dtype} as the history has, got {query.dtype}")
+    _same_device("query", query, history)
+    if mask is not None:
+        _tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected bool (True = valid), got {mask.dtype}")
+        if tuple(mask.shape) != (batch, length):
+            raise ValueError(f"mask: expected shape {(batch, length)}, got {tuple(mask.shape)}")
+        _same_device("mask", mask, history)
+        mask = mask if mask.is_contiguous() else mask.contiguous()
+    if lengths is not None:
+        _tensor("lengths", lengths)
+        if lengths.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"lengths: expected int64 or int32, got {lengths.dtype}")
+        if tuple(lengths.shape) != (batch,):
+            raise ValueError(f"lengths: expected shape {(batch,)}, got {tuple(lengths.shape)}")
+        _same_device("lengths", lengths, history)
+        lengths = lengths.to(torch.int64).contiguous()
+    return Segments(unit_stride(history), None, lengths, None, mask)
+
+
+def check_length_values(lengths: Tensor | None, limit: int) -> None:
+    """Raise where a length is negative or beyond L. The native op does this itself, without a pass in Python."""
+    if lengths is not None and lengths.numel() and bool(((lengths < 0) | (lengths > limit)).any()):
+        low, high = int(lengths.min()), int(lengths.max())
+        raise ValueError(f"lengths: expected values from 0 to {limit}, got {low} to {high}")
+
+
+def valid_positions(segments: Segments) -> Tensor | None:
+    """(B, L) bool, True where a position counts, or None when all do."""
+    if segments.lengths is None:
+        return segments.mask
+    rows = torch.arange(segments.history.shape[1], device=segments.history.device)
+    within = rows < segments.lengths.unsqueeze(1)
+    return within if segments.mask is None else within & segments.mask
+
+
+def check_parameters(parameters: UnitParameters, spec: UnitSpec, history: Tensor) -> None:
+    """Check that the parameters are those of the spec, of the history's dtype and on its device."""
+    if len(parameters.hidden) != len(spec.hidden_units):
+        raise ValueError(
+            f"parameters: expected {len(spec.hidden_units)} hidden layers as the spec has, got {len(parameters.hidden)}"
+        )
+    inputs = len(spec.blocks) * history.shape[-1]
+    for i, (layer, units) in enumerate(zip(parameters.hidden, spec.hidden_units, strict=True)):
+        _parameter(f"parameters.hidden[{i}].weight", layer.weight, (units, inputs), history)
+        _parameter(f"parameters.hidden[{i}].bias", layer.bias, (units,), history)
+        if (layer.slope is None) == spec.has_slope:
+            raise ValueError(
+                f"parameters.hidden[{i}].slope: expected {'a tensor' if spec.has_slope else 'None'} for the activation "
+                f"{spec.activation}, got {layer.slope if layer.slope is None else 'a tensor'}"
+            )
+        if layer.slope is not None:
+            if layer.slope.numel() not in (1, units):
+                raise ValueError(
+                    f"parameters.hidden[{i}].slope: expected 1 or {units} elements, got shape {tuple(layer.slope.shape)}"
+                )
+            _parameter(f"parameters.hidden[{i}].slope", layer.slope, tuple(layer.slope.shape), history)
+        if (layer.norm is not None) != spec.batch_norm:
+            raise ValueError(
+                f"parameters.hidden[{i}].norm: expected {'a BatchNorm' if spec.batch_norm else 'None'} as the spec says"
+            )
+        if (layer.gate_norm is not None) != (spec.activation == "dice_batch"):
+            raise ValueError(f"parameters.hidden[{i}].gate_norm: expected a BatchNorm for dice_batch only")
+        inputs = units
+    _parameter("parameters.weight", parameters.weight, (1, inputs), history)
+    _parameter("parameters.bias", parameters.bias, (1,), history)
+
+
+def check_batch_statistics(history: Tensor) -> None:
+    """A variance needs two rows: raise for one, before anything changes."""
+    rows = history.shape[0] * history.shape[1]
+    if rows == 1:
+        raise ValueError(f"history: expected more than 1 row for batch statistics in training, got {tuple(history.shape)}")
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
+def _same_device(name: str, t: Tensor, history: Tensor) -> None:
+    if t.device != history.device:
+        raise ValueError(f"{name}: expected device {history.device} as the history has, got {t.device}")
+
+
+def _parameter(name: str, t: Tensor | None, shape: tuple[int, ...], history: Tensor) -> None:
+    if t is None:
+        return
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+    if t.dtype != history.dtype:
+        raise TypeError(f"{name}: expected {history.dtype} as the history has, got {t.dtype}")
+    if t.device != history.device:
+        raise ValueError(f"{name}: expected device {history.device} as the history has, got {t.device}")
