@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from din_fast.spec import BLOCKS, HiddenLayer
 
 
+def block_table(blocks: tuple[str, ...]) -> list[int]:
+    """The coefficients of the blocks in (q, k, q*k), flat, as ``infer`` takes them."""
+    return [sign for name in blocks for sign in BLOCKS[name]]
+
+
 def fold_first_layer(weight: Tensor, blocks: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """(H, len(blocks) * D) -> A_q, A_k, A_p, each (H, D), in the wider of float32 and the weight's dtype."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -153,3 +158,16 @@ def update_running_statistics(
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
     unbiased = variance * (count / (count - 1))
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
+
+
+def update_layer(layer: HiddenLayer, affine: Affine, variance: Tensor, count: Tensor) -> None:
+    """Update the running statistics of a hidden layer's norms from the batch's moments of z."""
+    assert affine.center is not None
+    mean = affine.center
+    if layer.norm is not None:
+        update_running_statistics(layer.norm, mean, variance, count)
+        # Dice's norm sees what the norm before it gives: an affine map of z.
+        assert affine.norm_scale is not None and affine.norm_shift is not None
+        mean, variance = affine.norm_shift.detach(), affine.norm_scale.detach().square() * variance
+    if layer.gate_norm is not None:
+        update_running_statistics(layer.gate_norm, mean, variance, count)

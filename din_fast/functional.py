@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from din_fast import dispatch, fold, ops, reference, segments
-from din_fast.spec import HiddenLayer, UnitParameters, UnitSpec
+from din_fast.spec import ACTIVATIONS, EMPTY_RULES, POOLINGS, SCORE_ACTIVATIONS, HiddenLayer, UnitParameters, UnitSpec
 
 
 class Result(NamedTuple):
@@ -67,9 +67,13 @@ def run(
     mask: Tensor | None,
     lengths: Tensor | None,
     backend: str,
+    query_name: str = "query",
 ) -> Result:
-    """As :func:`activation_unit`, but positional, and it tells the weights and which backend ran."""
-    segs = segments.prepare(query, history, mask, lengths)
+    """As :func:`activation_unit`, but positional; it tells the weights and which backend ran.
+
+    ``query_name`` is what the caller calls the query, for error messages.
+    """
+    segs = segments.prepare(query, history, mask, lengths, query_name)
     segments.check_parameters(parameters, spec, history)
     chosen = dispatch.choose(backend, history)
     batch_statistics = reference.uses_batch_statistics(parameters)
@@ -79,4 +83,130 @@ def run(
         segments.check_length_values(segs.lengths, history.shape[1])
         valid = segments.valid_positions(segs)
         return Result(*reference.activation_unit(query, history, parameters, spec, valid), chosen)
-    raise RuntimeError("no other backend yet")
+    query = segments.unit_stride(query)
+    if batch_statistics or (torch.is_grad_enabled() and _any_requires_grad(query, history, parameters)):
+        return Result(*_with_gradient(chosen, query, segs, parameters, spec, batch_statistics), chosen)
+    return Result(*_infer(chosen, query, segs, parameters, spec), chosen)
+
+
+# z of the layers with batch statistics is kept for the backward up to this; beyond, it is computed again in each pass.
+KEEP_LIMIT_BYTES = 1 << 30
+
+
+def _infer(
+    backend: str, query: Tensor, segs: segments.Segments, parameters: UnitParameters, spec: UnitSpec
+) -> tuple[Tensor, Tensor]:
+    """Evaluation without gradient: one op, which folds the raw parameters itself."""
+    tensors: list[Tensor | None] = []
+    eps: list[float] = []
+    for layer in parameters.hidden:
+        tensors += [layer.weight, layer.bias]
+        for norm in (layer.norm, layer.gate_norm):
+            if norm is None:
+                tensors += [None, None, None, None]
+                eps.append(0.0)
+            else:
+                tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+                eps.append(norm.eps)
+        tensors.append(layer.slope)
+    tensors += [parameters.weight, parameters.bias]
+    pooled, weights = ops.call(
+        backend, "infer", *segs_arguments(segs, query), tensors, fold.block_table(spec.blocks), eps,
+        *_activation(spec), *_score(spec),
+    )  # fmt: skip
+    return pooled, weights
+
+
+def _with_gradient(
+    backend: str,
+    query: Tensor,
+    segs: segments.Segments,
+    parameters: UnitParameters,
+    spec: UnitSpec,
+    batch_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fold, take the moments of each layer that needs them, run forward, and only then update running statistics."""
+    hidden, weights = _folded(parameters, spec)
+    arguments = segs_arguments(segs, query)
+    activation = _activation(spec) if parameters.hidden else (ACTIVATIONS.index("identity"), 0.0)
+    rows = segs.history.shape[0] * segs.history.shape[1]
+    panel_bytes = ops.panel_rows(segs.history, None, None) * segs.history.element_size()
+    absent = query.new_empty(0)
+    affines: list[fold.Affine] = []
+    kept: list[Tensor] = []
+    updates: list[tuple[HiddenLayer, fold.Affine, Tensor, Tensor]] = []
+    kept_bytes = 0
+    for i, layer in enumerate(hidden):
+        mean = variance = count = None
+        panel = absent
+        if fold.batch_mode(layer.norm) or fold.batch_mode(layer.gate_norm):
+            layer_bytes = panel_bytes * layer.weight.shape[0]
+            keep = kept_bytes + layer_bytes <= KEEP_LIMIT_BYTES
+            kept_bytes += layer_bytes if keep else 0
+            with torch.no_grad():
+                count, mean, m2, panel = ops.call(
+                    backend, "moments", *arguments, weights, _flat(affines, len(hidden), absent), kept, None, i, keep,
+                    *activation, True, 0.0, 0,
+                )  # fmt: skip
+                count = count.clamp(min=1)
+                variance = m2 / count
+        affine = fold.affine(layer, mean, variance, count)
+        affines.append(affine)
+        kept.append(panel)
+        if mean is not None and variance is not None and count is not None and rows > 0:
+            updates.append((layer, affine, variance, count))
+    pooled, scores, _ = ops.call(
+        backend, "forward", *arguments, weights, _flat(affines, len(hidden), absent), [absent if a.response is None else a.response for a in affines], kept,
+        None, None, None, *activation, batch_statistics, *_score(spec), 0.0, 0,
+    )  # fmt: skip
+    for layer, affine, variance, count in updates:
+        fold.update_layer(layer, affine, variance, count)
+    return pooled, scores
+
+
+def _folded(parameters: UnitParameters, spec: UnitSpec) -> tuple[tuple[HiddenLayer, ...], list[Tensor]]:
+    """The layers, and the folded weights as the ops take them. No hidden layer is one of one unit, as it stands."""
+    hidden, weight, bias = parameters
+    if not hidden:
+        hidden = (HiddenLayer(weight, bias),)
+        weight, bias = weight.new_ones(1, 1), None
+    weights: list[Tensor] = []
+    for i, layer in enumerate(hidden):
+        weights += list(fold.fold_first_layer(layer.weight, spec.blocks)) if i == 0 else [layer.weight]
+        weights.append(layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias)
+    weights += [weight.reshape(-1), weight.new_zeros(1) if bias is None else bias]
+    return hidden, weights
+
+
+def segs_arguments(segs: segments.Segments, query: Tensor) -> tuple[Tensor | None, ...]:
+    """The first six arguments of every op."""
+    return segs.history, segs.starts, segs.lengths, segs.candidate_offsets, segs.mask, query
+
+
+def _activation(spec: UnitSpec) -> tuple[int, float]:
+    return ACTIVATIONS.index(spec.activation), spec.dice_eps
+
+
+def _score(spec: UnitSpec) -> tuple[int, bool, int, int]:
+    return (
+        SCORE_ACTIVATIONS.index(spec.score_activation),
+        spec.softmax,
+        EMPTY_RULES.index(spec.empty),
+        POOLINGS.index(spec.pooling),
+    )
+
+
+def _flat(affines: list[fold.Affine], layers: int, absent: Tensor) -> list[Tensor]:
+    flat = [absent if t is None else t for affine in affines for t in affine[: ops.AFFINES]]
+    return flat + [absent] * (ops.AFFINES * layers - len(flat))
+
+
+def _any_requires_grad(query: Tensor, history: Tensor, parameters: UnitParameters) -> bool:
+    if query.requires_grad or history.requires_grad or parameters.weight.requires_grad:
+        return True
+    tensors = [parameters.bias]
+    for layer in parameters.hidden:
+        tensors += [layer.weight, layer.bias, layer.slope]
+        for norm in (layer.norm, layer.gate_norm):
+            tensors += [] if norm is None else [norm.weight, norm.bias]
+    return any(t is not None and t.requires_grad for t in tensors)

@@ -40,24 +40,26 @@ def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def prepare(query: Tensor, history: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Segments:
+def prepare(
+    query: Tensor, history: Tensor, mask: Tensor | None, lengths: Tensor | None, query_name: str = "query"
+) -> Segments:
     """Check the four inputs of a dense call, (B, D), (B, L, D), (B, L) and (B,), and describe them as segments."""
     _tensor("history", history)
-    _tensor("query", query)
+    _tensor(query_name, query)
     if history.dim() != 3:
         raise ValueError(f"history: expected 3 dimensions (batch, length, dim), got shape {tuple(history.shape)}")
     batch, length, dim = history.shape
     if query.dim() != 2:
-        raise ValueError(f"query: expected 2 dimensions (batch, dim), got shape {tuple(query.shape)}")
+        raise ValueError(f"{query_name}: expected 2 dimensions (batch, dim), got shape {tuple(query.shape)}")
     if tuple(query.shape) != (batch, dim):
-        raise ValueError(f"query: expected shape {(batch, dim)} to go with the history, got {tuple(query.shape)}")
+        raise ValueError(f"{query_name}: expected shape {(batch, dim)} to go with the history, got {tuple(query.shape)}")
     if dim < 1:
         raise ValueError(f"history: expected dim of at least 1, got shape {tuple(history.shape)}")
     if history.dtype not in FLOATS:
         raise TypeError(f"history: expected float32 or float64, got {history.dtype}")
     if query.dtype != history.dtype:
-        raise TypeError(f"query: expected {history.dtype} as the history has, got {query.dtype}")
-    _same_device("query", query, history)
+        raise TypeError(f"{query_name}: expected {history.dtype} as the history has, got {query.dtype}")
+    _same_device(query_name, query, history)
     if mask is not None:
         _tensor("mask", mask)
         if mask.dtype != torch.bool:

@@ -83,6 +83,8 @@ class UnitSpec:
         _one_of("score_activation", self.score_activation, SCORE_ACTIVATIONS)
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("empty", self.empty, EMPTY_RULES)
+        if self.softmax and self.score_activation != "none":
+            raise ValueError(f"score_activation: expected none together with softmax, got {self.score_activation!r}")
         if self.dropout is not None and self.dropout != 0.0:
             raise ValueError(f"dropout: expected None or 0.0 (dropout is not built yet), got {self.dropout!r}")
 

@@ -73,7 +73,7 @@ class FusedActivationUnit(nn.Module):
         The argument order is torch-rechub's, history first. Errors as in :func:`din_fast.activation_unit`.
         """
         parameters = self.attention.unit_parameters()
-        result = functional.run(target, history, parameters, self.spec, mask, lengths, self.backend)
+        result = functional.run(target, history, parameters, self.spec, mask, lengths, self.backend, "target")
         self.last_backend = result.backend
         return result.pooled
 

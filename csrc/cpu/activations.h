@@ -1,0 +1,259 @@
+// The activations, forward and backward, on panels of z. Included by kernel.h inside its namespace.
+
+// How z reaches the activation: as it is (a gate may have its own scale and shift), centred (batch statistics, no norm),
+// or centred and through the norm's scale and shift.
+enum Mode { kPlain, kCentered, kFull, kModes };
+
+// One layer's parameters, ready for the loops: the gate's scale and shift are multiplied by -log2(e).
+template <class T> struct Params {
+  int units;
+  Mode mode;
+  const T *center, *norm_scale, *norm_shift, *gate_scale, *gate_shift, *gate_raw, *slope;
+  T row_eps;  // units * eps of row Dice
+};
+
+// The parameters of one hidden unit, broadcast to all lanes, and the activation's arithmetic.
+template <class T, int A, int M> struct HiddenUnit {
+  using V = Vec<T>;
+  T center, norm_scale, norm_shift, gate_scale, gate_shift, slope;
+
+  DIN_FAST_INLINE HiddenUnit(const Params<T>& p, int h) {
+    if constexpr (M != kPlain) center = p.center[h];
+    if constexpr (M == kFull) norm_scale = p.norm_scale[h], norm_shift = p.norm_shift[h];
+    if constexpr (A == kDiceBatch) gate_scale = p.gate_scale[h], gate_shift = p.gate_shift[h];
+    if constexpr (A == kPrelu || A == kDiceRow || A == kDiceBatch) slope = p.slope[h];
+  }
+  DIN_FAST_INLINE V centered(V z) const {
+    if constexpr (M == kPlain) return z;
+    return z - center;
+  }
+  DIN_FAST_INLINE V normed(V z) const {
+    if constexpr (M == kFull) return centered(z) * norm_scale + norm_shift;
+    return z;
+  }
+  // Dice's p; mean and inverse (times -log2 e) of the row are used by row Dice only
+  DIN_FAST_INLINE V gate(V z, V mean, V inverse) const {
+    if constexpr (A == kDiceBatch) return sigmoid_<T>(centered(z) * gate_scale + gate_shift);
+    return sigmoid_<T>((normed(z) - mean) * inverse);
+  }
+  DIN_FAST_INLINE V value(V z, V mean, V inverse) const {
+    const V n = normed(z);
+    if constexpr (A == kRelu) return n < V{} ? V{} : n;  // NaN stays NaN
+    if constexpr (A == kSigmoid) return sigmoid_<T>(n * T(-kLog2e));
+    if constexpr (A == kPrelu) return n > V{} ? n : n * slope;
+    if constexpr (A == kDiceRow || A == kDiceBatch) return n * (gate(z, mean, inverse) * (T(1) - slope) + slope);
+    return n;
+  }
+};
+
+// Row Dice: mean and -log2(e) / sqrt(sum of squares + H eps) of every position, into rows [2][vectors][lanes]
+template <class T, int A, int M>
+static void row_statistics(const Params<T>& p, int vectors, const T* z, T* rows) {
+  constexpr int W = kLanes<T>;
+  const int H = p.units;
+  for (int v = 0; v < vectors; v++) {
+    const T* zv = z + (int64_t)v * H * W;
+    Vec<T> sum = {}, squares = {};
+    for (int h = 0; h < H; h++) sum += HiddenUnit<T, A, M>(p, h).normed(load(zv + h * W));
+    const Vec<T> mean = sum / T(H);
+    for (int h = 0; h < H; h++) {
+      const Vec<T> d = HiddenUnit<T, A, M>(p, h).normed(load(zv + h * W)) - mean;
+      squares += d * d;
+    }
+    store(rows + v * W, mean);
+    store(rows + (vectors + v) * W, T(-kLog2e) / sqrt_<T>(squares + p.row_eps));
+  }
+}
+
+// a[v][h] = activation(z[v][h])
+template <class T, int A, int M>
+static void activate(const Params<T>& p, int vectors, const T* z, T* rows, T* a) {
+  constexpr int W = kLanes<T>;
+  const int64_t stride = (int64_t)p.units * W;
+  if constexpr (A == kDiceRow) row_statistics<T, A, M>(p, vectors, z, rows);
+  for (int h = 0; h < p.units; h++) {
+    const HiddenUnit<T, A, M> unit(p, h);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
+      Vec<T> mean = {}, inverse = {};
+      if constexpr (A == kDiceRow) mean = load(rows + v * W), inverse = load(rows + (vectors + v) * W);
+      store(a + v * stride + h * W, unit.value(load(z + v * stride + h * W), mean, inverse));
+    }
+  }
+}
+
+// score[v] = bias + sum_h w_h activation(z[v][h]), for N vectors at once
+template <class T, int A, int M, int N>
+DIN_FAST_INLINE void score_vectors(const Params<T>& p, int vectors, const T* z, const T* rows, const T* w, T bias, T* score) {
+  constexpr int W = kLanes<T>;
+  const int64_t stride = (int64_t)p.units * W;
+  Vec<T> sum[N], mean[N], inverse[N];
+#pragma GCC unroll 4
+  for (int v = 0; v < N; v++) {
+    sum[v] = splat(bias);
+    mean[v] = inverse[v] = Vec<T>{};
+    if constexpr (A == kDiceRow) mean[v] = load(rows + v * W), inverse[v] = load(rows + (vectors + v) * W);
+  }
+  for (int h = 0; h < p.units; h++) {
+    const HiddenUnit<T, A, M> unit(p, h);
+#pragma GCC unroll 4
+    for (int v = 0; v < N; v++) sum[v] += w[h] * unit.value(load(z + v * stride + h * W), mean[v], inverse[v]);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < N; v++) store(score + v * W, sum[v]);
+}
+template <class T, int A, int M>
+static void score(const Params<T>& p, int vectors, const T* z, T* rows, const T* w, T bias, T* out) {
+  constexpr int W = kLanes<T>;
+  const int64_t stride = (int64_t)p.units * W;
+  if constexpr (A == kDiceRow) row_statistics<T, A, M>(p, vectors, z, rows);
+  int v = 0;
+  for (; v + 4 <= vectors; v += 4) score_vectors<T, A, M, 4>(p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
+  for (; v < vectors; v++) score_vectors<T, A, M, 1>(p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
+}
+
+// What the backward of an activation reads and writes; null pointers are work that is not wanted.
+template <class T> struct ActivationBackward {
+  int vectors;
+  const T* z;
+  const T* da;           // [v][h] gradient of the activation, or, for the last layer, [v] gradient of the score
+  const T* score_weight; // last layer: da = score_weight[h] * d score
+  T* dz;                 // [v][h], without the answer of batch statistics
+  T* a;                  // [v][h], the activation once more, for the next layer's weight gradient
+  T* sums;               // [kSums][h][lane], added to
+  T* d_score_weight;     // [h][lane], added to
+  T* scratch;            // row Dice: [2 + 2 h][vectors][lanes] at least
+};
+
+template <class T, int A, int M, bool Last>
+static void activation_backward(const Params<T>& p, const ActivationBackward<T>& b) {
+  constexpr int W = kLanes<T>;
+  constexpr bool kDice = A == kDiceRow || A == kDiceBatch;
+  const int H = p.units, vectors = b.vectors;
+  const int64_t stride = (int64_t)H * W;
+  T *rows = b.scratch, *row_dx = rows + 2 * vectors * W;     // row Dice: row_dx [h][v], then sum dx and sum dx x [v]
+  T *row_sum = row_dx + (int64_t)H * vectors * W, *row_dot = row_sum + vectors * W;
+  if constexpr (A == kDiceRow) {
+    row_statistics<T, A, M>(p, vectors, b.z, rows);
+    for (int i = 0; i < 2 * vectors * W; i++) row_sum[i] = 0;
+  }
+  for (int h = 0; h < H; h++) {
+    const HiddenUnit<T, A, M> unit(p, h);
+    const T weight = Last ? b.score_weight[h] : T(1);
+    const T gate_raw = A == kDiceBatch ? p.gate_raw[h] : T(0), open = T(1) - (kDice ? unit.slope : T(0));
+    Vec<T> s_norm_z = {}, s_norm = {}, s_gate_z = {}, s_gate = {}, s_slope = {}, s_weight = {};
+    for (int v = 0; v < vectors; v++) {
+      const int64_t at = v * stride + h * W;
+      const Vec<T> z = load(b.z + at), n = unit.normed(z), zc = unit.centered(z);
+      Vec<T> da = load(b.da + (Last ? v * W : at)), d_score = da;
+      if constexpr (Last) da *= weight;
+      Vec<T> value = n, dn = da, dx = {};
+      if constexpr (A == kRelu) {
+        value = n < Vec<T>{} ? Vec<T>{} : n;
+        dn = n > Vec<T>{} ? da : Vec<T>{};
+      } else if constexpr (A == kSigmoid) {
+        value = sigmoid_<T>(n * T(-kLog2e));
+        dn = da * value * (T(1) - value);
+      } else if constexpr (A == kPrelu) {
+        value = n > Vec<T>{} ? n : n * unit.slope;
+        dn = n > Vec<T>{} ? da : da * unit.slope;
+        s_slope += n > Vec<T>{} ? Vec<T>{} : da * n;
+      } else if constexpr (kDice) {
+        Vec<T> mean = {}, inverse = {};
+        if constexpr (A == kDiceRow) mean = load(rows + v * W), inverse = load(rows + (vectors + v) * W);
+        const Vec<T> gate = unit.gate(z, mean, inverse), shut = T(1) - gate, factor = gate * open + unit.slope;
+        const Vec<T> dan = da * n, dan_shut = dan * shut;
+        value = n * factor;
+        dn = da * factor;
+        dx = dan_shut * gate * open;
+        s_slope += dan_shut;
+        if constexpr (A == kDiceRow) {
+          const Vec<T> x = (n - mean) * inverse;  // times -log2 e
+          store(row_dx + ((int64_t)h * vectors + v) * W, dx);
+          store(row_sum + v * W, load(row_sum + v * W) + dx);
+          store(row_dot + v * W, load(row_dot + v * W) + dx * x);
+        }
+      }
+      if constexpr (Last) s_weight += d_score * value;
+      if (b.a) store(b.a + at, value);
+      if constexpr (A == kDiceRow) {
+        store(b.dz + at, dn);  // finished below
+      } else {
+        if constexpr (M == kFull) s_norm_z += dn * zc, s_norm += dn;
+        if constexpr (A == kDiceBatch) s_gate_z += dx * zc, s_gate += dx;
+        if (b.dz) {
+          Vec<T> dz = dn;
+          if constexpr (M == kFull) dz *= unit.norm_scale;
+          if constexpr (A == kDiceBatch) dz += dx * gate_raw;
+          store(b.dz + at, dz);
+        }
+      }
+    }
+    if (b.sums) {
+      T* s = b.sums + h * W;
+      if constexpr (A != kDiceRow && M == kFull) {
+        store(s, load(s) + s_norm_z);
+        store(s + stride, load(s + stride) + s_norm);
+      }
+      if constexpr (A == kDiceBatch) {
+        store(s + 2 * stride, load(s + 2 * stride) + s_gate_z);
+        store(s + 3 * stride, load(s + 3 * stride) + s_gate);
+      }
+      if constexpr (A == kPrelu || kDice) store(s + 4 * stride, load(s + 4 * stride) + s_slope);
+    }
+    if constexpr (Last)
+      if (b.d_score_weight) store(b.d_score_weight + h * W, load(b.d_score_weight + h * W) + s_weight);
+  }
+  if constexpr (A == kDiceRow) {
+    // x_h = (n_h - mean) / sqrt(sum (n - mean)^2 + H eps):  dn_h += inverse (dx_h - mean dx - x_h sum dx x)
+    for (int h = 0; h < H; h++) {
+      const HiddenUnit<T, A, M> unit(p, h);
+      Vec<T> s_norm_z = {}, s_norm = {};
+      for (int v = 0; v < vectors; v++) {
+        const int64_t at = v * stride + h * W;
+        const Vec<T> z = load(b.z + at), inverse = load(rows + (vectors + v) * W) * T(-1 / kLog2e);
+        const Vec<T> x = (unit.normed(z) - load(rows + v * W)) * inverse;
+        const Vec<T> dx = load(row_dx + ((int64_t)h * vectors + v) * W);
+        Vec<T> dn = load(b.dz + at);
+        dn += inverse * (dx - load(row_sum + v * W) * T(1.0 / H) - x * load(row_dot + v * W) * T(-1 / kLog2e));
+        if constexpr (M == kFull) {
+          s_norm_z += dn * unit.centered(z);
+          s_norm += dn;
+          dn *= unit.norm_scale;
+        }
+        store(b.dz + at, dn);
+      }
+      if constexpr (M == kFull)
+        if (b.sums) {
+          T* s = b.sums + h * W;
+          store(s, load(s) + s_norm_z);
+          store(s + stride, load(s + stride) + s_norm);
+        }
+    }
+  }
+}
+
+// ---- choosing the instantiation at run time
+template <class T> struct ActivationTable {
+  void (*activate)(const Params<T>&, int, const T*, T*, T*);
+  void (*score)(const Params<T>&, int, const T*, T*, const T*, T, T*);
+  void (*backward)(const Params<T>&, const ActivationBackward<T>&);
+  void (*backward_last)(const Params<T>&, const ActivationBackward<T>&);
+};
+template <class T, int A, int M> constexpr ActivationTable<T> activation_entry() {
+  return {activate<T, A, M>, score<T, A, M>, activation_backward<T, A, M, false>, activation_backward<T, A, M, true>};
+}
+template <class T, int A> struct ActivationModes {
+  static constexpr ActivationTable<T> table[kModes] = {
+      activation_entry<T, A, kPlain>(), activation_entry<T, A, kCentered>(), activation_entry<T, A, kFull>()};
+};
+template <class T> static const ActivationTable<T>& activation_table(int activation, Mode mode) {
+  switch (activation) {
+    case kRelu: return ActivationModes<T, kRelu>::table[mode];
+    case kSigmoid: return ActivationModes<T, kSigmoid>::table[mode];
+    case kPrelu: return ActivationModes<T, kPrelu>::table[mode];
+    case kDiceRow: return ActivationModes<T, kDiceRow>::table[mode];
+    case kDiceBatch: return ActivationModes<T, kDiceBatch>::table[mode];
+    default: return ActivationModes<T, kIdentity>::table[mode];
+  }
+}

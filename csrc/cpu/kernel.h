@@ -1,0 +1,883 @@
+// The fused unit on a CPU: moments, forward and backward. One source, compiled once per instruction set:
+//   DIN_FAST_ISA            the name and namespace of this copy
+//   DIN_FAST_VECTOR_BYTES   the size of a vector
+//   DIN_FAST_ACCUMULATORS   vectors that a microkernel accumulates in registers
+//
+// Lanes are positions: a panel is [vector][row][lane], and every product is a broadcast scalar times a vector of
+// positions. A block of kBlock vectors of one candidate goes through all layers while it is in the cache; nothing of size
+// (positions x 4 D) exists. With batch statistics a pass ends at every normalised layer, whose z is kept in panels.
+//
+// Everything is in a namespace of its own and uses no inline function of any library: the linker must never take this
+// copy of one for another file, or older processors would meet instructions they do not have.
+
+extern "C" void* aligned_alloc(__SIZE_TYPE__, __SIZE_TYPE__) noexcept;
+extern "C" void free(void*) noexcept;
+
+namespace din_fast {
+namespace DIN_FAST_ISA {
+namespace {
+
+#include "vector.h"
+#include "products.h"
+#include "activations.h"
+
+constexpr int kBlock = 8;         // vectors of positions worked on at a time
+constexpr int kFlush = 4096;      // positions whose lane sums may wait in the working precision
+constexpr int kForwardChunks = 64;
+
+// ---------------------------------------------------------------- scratch memory
+// A stack per thread that is kept between calls: fresh pages cost more than the work on them.
+struct Arena {
+  static constexpr int kMost = 48;
+  char* block[kMost] = {};
+  __SIZE_TYPE__ size[kMost] = {}, used[kMost] = {};
+  int current = 0;
+  ~Arena() {
+    for (char* b : block) free(b);
+  }
+  void* take(__SIZE_TYPE__ bytes) {
+    bytes = (bytes + 63) / 64 * 64 + 576;  // the extra keeps buffers from starting at one offset modulo 4096
+    for (;; current++) {
+      if (current == kMost) throw OutOfMemory{};
+      if (!block[current]) {
+        size[current] = bytes > (1u << 20) ? bytes : (1u << 20);
+        block[current] = static_cast<char*>(aligned_alloc(64, (size[current] + 63) / 64 * 64));
+        if (!block[current]) throw OutOfMemory{};
+      }
+      if (used[current] + bytes <= size[current]) break;
+      if (used[current] == 0) {  // too small for this: replace it
+        free(block[current]);
+        block[current] = nullptr;
+        size[current] = 0;
+        current--;
+      }
+    }
+    void* p = block[current] + used[current];
+    used[current] += bytes;
+    return p;
+  }
+};
+static thread_local Arena arena;
+
+struct Scratch {
+  int current = arena.current;
+  __SIZE_TYPE__ used = arena.used[arena.current];
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    for (int i = current + 1; i <= arena.current; i++) arena.used[i] = 0;
+    arena.current = current;
+    arena.used[current] = used;
+  }
+  template <class T> T* take(int64_t n) { return static_cast<T*>(arena.take(sizeof(T) * n)); }
+  template <class T> T* zeros(int64_t n) {
+    T* p = take<T>(n);
+    __builtin_memset(p, 0, sizeof(T) * n);
+    return p;
+  }
+};
+
+template <class F> void parallel(ParallelFor run, int64_t n, const F& f) {
+  run(n, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&f));
+}
+
+// ---------------------------------------------------------------- one call, packed for the loops
+template <class T> struct Call {
+  const Unit<T>& u;
+  int D, Dp;                   // Dp, Hp: rounded up to whole vectors
+  int H[kMaxLayers], Hp[kMaxLayers];
+  int last;                    // index of the last layer
+  bool folds_z;                // z of layer 0 is computed, not read from its panel
+  const T *a_q_t, *a_k_t, *a_p_t, *bias;  // [D][Hp], [Hp]
+  const T *a_q, *a_k, *a_p;               // [H][Dp], for the backward
+  const T* weight_t[kMaxLayers];          // [H of the layer before][H]
+  Params<T> params[kMaxLayers];
+  const ActivationTable<T>* act[kMaxLayers];
+  const T *e0[kMaxLayers], *e1[kMaxLayers];  // the answer of batch statistics, once the sums are known
+
+  Call(const Unit<T>& unit, Scratch& s, bool to_inputs) : u(unit) {
+    D = (int)u.dim;
+    Dp = round_up(D, kLanes<T>);
+    last = u.layers - 1;
+    for (int i = 0; i < u.layers; i++) {
+      H[i] = (int)u.layer[i].units;
+      Hp[i] = round_up(H[i], kLanes<T>);
+      pack_layer(i, s);
+    }
+    folds_z = !u.layer[0].kept;
+    if (folds_z) {
+      a_q_t = transposed(u.a_q, H[0], D, Hp[0], s);
+      a_k_t = transposed(u.a_k, H[0], D, Hp[0], s);
+      a_p_t = transposed(u.a_p, H[0], D, Hp[0], s);
+      T* b = s.zeros<T>(Hp[0]);
+      __builtin_memcpy(b, u.layer[0].bias, sizeof(T) * H[0]);
+      bias = b;
+    }
+    if (to_inputs) {
+      a_q = padded(u.a_q, H[0], s);
+      a_k = padded(u.a_k, H[0], s);
+      a_p = padded(u.a_p, H[0], s);
+    }
+  }
+
+  // [rows][columns] -> [columns][ld], zeros beyond rows
+  static const T* transposed(const T* a, int rows, int columns, int ld, Scratch& s) {
+    T* out = s.zeros<T>((int64_t)columns * ld);
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < columns; j++) out[(int64_t)j * ld + i] = a[(int64_t)i * columns + j];
+    return out;
+  }
+  const T* padded(const T* a, int rows, Scratch& s) const {
+    if (D == Dp) return a;
+    T* out = s.zeros<T>((int64_t)rows * Dp);
+    for (int i = 0; i < rows; i++) __builtin_memcpy(out + (int64_t)i * Dp, a + (int64_t)i * D, sizeof(T) * D);
+    return out;
+  }
+  void pack_layer(int i, Scratch& s) {
+    const Layer<T>& layer = u.layer[i];
+    const int h = H[i];
+    Params<T>& p = params[i];
+    p = {};
+    p.units = h;
+    const bool norm = layer.norm_scale != nullptr, gate = u.activation == kDiceBatch && layer.gate_scale;
+    p.mode = norm ? kFull : layer.center ? kCentered : kPlain;
+    p.center = layer.center ? layer.center : s.zeros<T>(h);
+    p.norm_scale = layer.norm_scale;
+    p.norm_shift = layer.norm_shift;
+    p.slope = layer.slope;
+    p.row_eps = u.dice_eps * T(h);
+    if (gate) {
+      T* scaled = s.take<T>(2 * h);
+      for (int j = 0; j < h; j++) {
+        scaled[j] = T(-kLog2e) * layer.gate_scale[j];
+        scaled[h + j] = T(-kLog2e) * layer.gate_shift[j];
+      }
+      p.gate_scale = scaled;
+      p.gate_shift = scaled + h;
+      p.gate_raw = layer.gate_scale;
+    }
+    act[i] = &activation_table<T>(u.activation, p.mode);
+    weight_t[i] = i ? transposed(layer.weight, h, H[i - 1], h, s) : nullptr;
+    e0[i] = e1[i] = nullptr;
+    if (layer.response && layer.sums) {
+      T* e = s.take<T>(2 * h);
+      for (int k = 0; k < 2; k++)
+        for (int j = 0; j < h; j++) {
+          double sum = 0;
+          for (int r = 0; r < 4; r++) sum += (double)layer.response[(k * 4 + r) * h + j] * layer.sums[r * h + j];
+          e[k * h + j] = (T)sum;
+        }
+      e0[i] = e;
+      e1[i] = e + h;
+    }
+  }
+};
+
+// One user's history. `rows` are gone through, of which `valid` count in the scores.
+template <class T> struct Segment {
+  const T* history;
+  int64_t rows, total, valid, first_row, first_panel_row;
+  const bool* mask;
+  int64_t length;
+  bool no_softmax_over;  // softmax over nothing, with another answer than zeros: all rows are input
+  bool holes;            // masked rows must not be read as numbers
+  bool is_valid(int64_t l) const { return l < length && (!mask || mask[l]); }
+};
+
+template <class T> Segment<T> segment_of(const Unit<T>& u, int64_t user) {
+  Segment<T> s;
+  s.total = u.starts ? u.lengths[user] : u.length;
+  const int64_t start = u.starts ? u.starts[user] : user * u.user_stride;
+  s.history = u.history + start;
+  s.first_row = u.starts ? start / u.row_stride : user * u.length;
+  s.first_panel_row = u.panel_start ? u.panel_start[user] : user * panel_rows(u.length);
+  s.length = u.lengths ? u.lengths[user] : s.total;
+  s.mask = u.mask ? u.mask + user * u.length : nullptr;
+  s.valid = s.length;
+  int64_t end = s.length;
+  if (s.mask) {
+    s.valid = 0;
+    for (int64_t l = end = 0; l < s.length; l++)
+      if (s.mask[l]) s.valid++, end = l + 1;
+  }
+  s.no_softmax_over = u.softmax && s.valid == 0 && u.empty != kZeros;
+  s.rows = u.pads_are_input || s.no_softmax_over ? s.total : end;
+  s.holes = !u.pads_are_input && !s.no_softmax_over && s.valid < s.rows;
+  return s;
+}
+
+template <class T> T pooling_scale(const Unit<T>& u, const Segment<T>& s) {
+  const int64_t n = u.pooling == kMean ? s.total : u.pooling == kMeanValid ? (s.valid > 0 ? s.valid : 1) : 1;
+  return T(1) / T(n);
+}
+
+struct Cut { int64_t begin, end; };
+inline Cut cut(int64_t n, int64_t chunks, int64_t i) { return {n * i / chunks, n * (i + 1) / chunks}; }
+
+// ---------------------------------------------------------------- the working state of one chunk of users
+template <class T> struct Work {
+  static constexpr int W = kLanes<T>;
+  const Call<T>& call;
+  const Unit<T>& u;
+  T *m, *c, *query;              // this candidate's matrix [D][Hp], its vector [Hp], q [Dp]
+  T *rows_copy, *panel;          // k of the block: rows [kBlock W][Dp], panel [vector][Dp][W]
+  T *z[kMaxLayers], *a[kMaxLayers], *row_space;
+  Segment<T> seg;
+  int64_t block;                 // first vector of the block
+  int vectors, n;                // vectors and positions in it
+  const T* rows;
+  int64_t row_stride;
+  bool has_rows, has_panel;
+  const T* z_at[kMaxLayers];     // z of the block, where it is known already
+
+  Work(const Call<T>& call_, Scratch& s) : call(call_), u(call_.u) {
+    m = s.take<T>((int64_t)call.D * call.Hp[0]);
+    c = s.take<T>(call.Hp[0]);
+    query = s.zeros<T>(call.Dp);
+    rows_copy = s.zeros<T>((int64_t)kBlock * W * call.Dp);
+    panel = s.take<T>((int64_t)kBlock * W * call.Dp);
+    int most = 0;
+    for (int i = 0; i <= call.last; i++) {
+      z[i] = s.take<T>((int64_t)kBlock * W * call.H[i]);
+      a[i] = s.take<T>((int64_t)kBlock * W * call.H[i]);
+      most = call.H[i] > most ? call.H[i] : most;
+    }
+    row_space = s.take<T>((int64_t)kBlock * W * (4 + most));
+  }
+
+  // m = (A_k + A_p diag(q))' and c = A_q q + b1, lanes over the hidden units
+  void begin(int64_t user) {
+    seg = segment_of(u, user);
+    __builtin_memcpy(query, u.query + user * u.query_stride, sizeof(T) * call.D);
+    if (!call.folds_z) return;
+    const int Hp = call.Hp[0];
+    for (int h = 0; h < Hp; h += W) {
+      Vec<T> cv = load(call.bias + h);
+      for (int d = 0; d < call.D; d++) {
+        const int64_t at = (int64_t)d * Hp + h;
+        store(m + at, load(call.a_k_t + at) + query[d] * load(call.a_p_t + at));
+        cv += query[d] * load(call.a_q_t + at);
+      }
+      store(c + h, cv);
+    }
+  }
+  int64_t all_vectors() const { return (seg.rows + W - 1) / W; }
+  // blocks of even size
+  int64_t block_size() const {
+    const int64_t all = all_vectors(), blocks = (all + kBlock - 1) / kBlock;
+    return blocks ? (all + blocks - 1) / blocks : 1;
+  }
+  void enter(int64_t first_vector, int64_t size) {
+    block = first_vector;
+    vectors = (int)imin(size, all_vectors() - first_vector);
+    n = (int)imin((int64_t)vectors * W, seg.rows - block * W);
+    has_rows = has_panel = false;
+    for (const T*& z_ : z_at) z_ = nullptr;
+  }
+  // Rows of the block that may be read Dp wide; masked ones are zero where a pad is not input.
+  void need_rows() {
+    if (has_rows) return;
+    has_rows = true;
+    const T* k = seg.history + block * W * u.row_stride;
+    if (call.D == call.Dp && !seg.holes) {
+      rows = k;
+      row_stride = u.row_stride;
+      return;
+    }
+    rows = rows_copy;
+    row_stride = call.Dp;
+    for (int l = 0; l < n; l++, k += u.row_stride) {
+      if (seg.holes && !seg.is_valid(block * W + l))
+        __builtin_memset(rows_copy + (int64_t)l * call.Dp, 0, sizeof(T) * call.D);
+      else
+        __builtin_memcpy(rows_copy + (int64_t)l * call.Dp, k, sizeof(T) * call.D);
+    }
+  }
+  void need_panel() {
+    if (has_panel) return;
+    has_panel = true;
+    need_rows();
+    rows_to_panel(rows, row_stride, n, vectors, call.Dp, panel);
+  }
+  static void rows_to_panel(const T* rows, int64_t stride, int n, int vectors, int columns, T* panel) {
+    Vec<T> r[W];
+    for (int v = 0; v < vectors; v++)
+      for (int d = 0; d < columns; d += W) {
+        const T* from = rows + (int64_t)v * W * stride + d;
+        const int lanes = n - v * W;
+        if (lanes >= W) {
+#pragma GCC unroll 16
+          for (int l = 0; l < W; l++) r[l] = load(from + l * stride);
+        } else {
+          for (int l = 0; l < W; l++) r[l] = l < lanes ? load(from + l * stride) : Vec<T>{};
+        }
+        transpose<T>(r);
+        T* to = panel + ((int64_t)v * columns + d) * W;
+#pragma GCC unroll 16
+        for (int l = 0; l < W; l++) store(to + l * W, r[l]);
+      }
+  }
+  // panel [vector][units][W] -> rows [vector W][ld], ld units rounded up; what lies beyond the units is not meaningful
+  static void panel_to_rows(const T* panel, int units, int vectors, int ld, T* rows) {
+    Vec<T> r[W];
+    for (int v = 0; v < vectors; v++)
+      for (int h = 0; h < units; h += W) {
+        const T* from = panel + ((int64_t)v * units + h) * W;
+        if (h + W <= units) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; i++) r[i] = load(from + i * W);
+        } else {
+          for (int i = 0; i < W; i++) r[i] = h + i < units ? load(from + i * W) : Vec<T>{};
+        }
+        transpose<T>(r);
+        T* to = rows + (int64_t)v * W * ld + h;
+#pragma GCC unroll 16
+        for (int l = 0; l < W; l++) store(to + (int64_t)l * ld, r[l]);
+      }
+  }
+
+  int64_t panel_at(int layer) const { return (seg.first_panel_row + block * W) * call.H[layer]; }
+  // z of a layer for the block: kept, or computed (into `out` where that is given)
+  const T* z_panel(int layer, T* out = nullptr) {
+    if (z_at[layer]) return z_at[layer];
+    if (u.layer[layer].kept) return z_at[layer] = u.layer[layer].kept + panel_at(layer);
+    T* to = out ? out : z[layer];
+    z_at[layer] = to;
+    if (layer == 0) {
+      need_panel();
+      product<T>(vectors, call.H[0], call.D, m, call.Hp[0], panel, (int64_t)call.Dp * W, to, (int64_t)call.H[0] * W, c);
+      return to;
+    }
+    const int H0 = call.H[layer - 1], H1 = call.H[layer];
+    const T* before = z_panel(layer - 1);
+    call.act[layer - 1]->activate(call.params[layer - 1], vectors, before, row_space, a[layer - 1]);
+    product<T>(vectors, H1, H0, call.weight_t[layer], H1, a[layer - 1], (int64_t)H0 * W, to, (int64_t)H1 * W, u.layer[layer].bias);
+    return to;
+  }
+};
+
+// ---------------------------------------------------------------- moments
+// sums of z - shift and its square over the lanes that hold a position
+template <class T> void add_moments(const T* z, int H, int vectors, int n, const T* shift, T* sum, T* squares) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> tail = first_lanes<T>(n - (vectors - 1) * W);
+  for (int h = 0; h < H; h++) {
+    Vec<T> s = {}, q = {};
+    for (int v = 0; v < vectors; v++) {
+      Vec<T> d = load(z + ((int64_t)v * H + h) * W) - shift[h];
+      if (v == vectors - 1) d = where_one<T>(tail, d);
+      s += d;
+      q += d * d;
+    }
+    store(sum + h * W, load(sum + h * W) + s);
+    store(squares + h * W, load(squares + h * W) + q);
+  }
+}
+
+template <class T> void flush_lanes(T* panel, int64_t rows, double* total) {
+  for (int64_t r = 0; r < rows; r++) {
+    double s = 0;
+    for (int i = 0; i < kLanes<T>; i++) s += (double)panel[r * kLanes<T> + i];
+    total[r] += s;
+  }
+  __builtin_memset(panel, 0, sizeof(T) * rows * kLanes<T>);
+}
+
+template <class T> void moments(const Unit<T>& u, int layer, const MomentsOut<T>& out, ParallelFor run) {
+  Scratch scratch;
+  const Call<T> call(u, scratch, false);
+  const int H = call.H[layer], W = kLanes<T>;
+  const int64_t chunks = imin(u.users, (int64_t)kMaxChunks);
+  double* part = scratch.zeros<double>(chunks * (2 * H + 1));  // count, mean, m2 of each chunk
+  parallel(run, chunks, [&](int64_t chunk) {
+    Scratch s;
+    Work<T> work(call, s);
+    T *shift = s.take<T>(H), *sums = s.zeros<T>((int64_t)2 * H * W);
+    double *total = s.zeros<double>(2 * H), count = 0;
+    int waiting = 0;
+    const Cut users = cut(u.users, chunks, chunk);
+    for (int64_t user = users.begin; user < users.end; user++) {
+      work.begin(user);
+      for (int64_t v = 0, size = work.block_size(); v < work.all_vectors(); v += size) {
+        work.enter(v, size);
+        const T* z = work.z_panel(layer, out.kept ? out.kept + work.panel_at(layer) : nullptr);
+        if (count == 0)
+          for (int h = 0; h < H; h++) shift[h] = z[h * W];
+        add_moments(z, H, work.vectors, work.n, shift, sums, sums + H * W);
+        count += work.n;
+        if ((waiting += work.n) >= kFlush) flush_lanes(sums, 2 * H, total), waiting = 0;
+      }
+    }
+    flush_lanes(sums, 2 * H, total);
+    double* p = part + chunk * (2 * H + 1);
+    p[0] = count;
+    if (count > 0)
+      for (int h = 0; h < H; h++) {
+        p[1 + h] = (double)shift[h] + total[h] / count;
+        const double m2 = total[H + h] - total[h] * total[h] / count;
+        p[1 + H + h] = m2 < 0 ? 0 : m2;  // NaN stays
+      }
+  });
+  // Chan's merge, in order
+  double n = 0;
+  double *mean = scratch.zeros<double>(H), *m2 = scratch.zeros<double>(H);
+  for (int64_t i = 0; i < chunks; i++) {
+    const double* p = part + i * (2 * H + 1);
+    if (p[0] == 0) continue;
+    const double both = n + p[0];
+    for (int h = 0; h < H; h++) {
+      const double d = p[1 + h] - mean[h];
+      m2[h] += p[1 + H + h] + d * d * n * p[0] / both;
+      mean[h] += d * p[0] / both;
+    }
+    n = both;
+  }
+  *out.count = n;
+  for (int h = 0; h < H; h++) out.mean[h] = (T)mean[h], out.m2[h] = (T)m2[h];
+}
+
+// ---------------------------------------------------------------- forward
+// scores [rows up to whole vectors] -> weights, in place
+template <class T> void weights_of(const Unit<T>& u, const Segment<T>& seg, T* s) {
+  constexpr int W = kLanes<T>;
+  const int64_t all = (seg.rows + W - 1) / W * W;
+  if (seg.no_softmax_over) {
+    const T w = u.empty == kNan ? T(__builtin_nan("")) : T(1) / T(seg.total);
+    for (int64_t l = 0; l < all; l++) s[l] = l < seg.rows ? w : T(0);
+    return;
+  }
+  if (u.score_activation == kScoreSigmoid)
+    for (int64_t l = 0; l < all; l += W) store(s + l, sigmoid_<T>(load(s + l) * T(-kLog2e)));
+  if (u.softmax) {
+    T most = -T(__builtin_inf());
+    for (int64_t l = 0; l < seg.rows; l++)
+      if (seg.is_valid(l)) most = s[l] > most || s[l] != s[l] ? s[l] : most;
+    T sums[W] = {};
+    for (int64_t l = 0; l < all; l += W) {
+      store(s + l, exp2_<T>((load(s + l) - most) * T(kLog2e)));
+      for (int i = 0; i < W; i++)
+        if (seg.is_valid(l + i)) sums[i] += s[l + i];
+    }
+    T sum = 0;
+    for (int i = 0; i < W; i++) sum += sums[i];
+    for (int64_t l = 0; l < all; l++) s[l] = s[l] / sum;
+  }
+  if (seg.valid < all)
+    for (int64_t l = 0; l < all; l++)
+      if (!seg.is_valid(l)) s[l] = 0;
+}
+
+// out[0..columns) += sum over n rows of w[l] X[l][..]
+template <class T, int N>
+DIN_FAST_INLINE void pool_tile(int n, const T* w, const T* X, int64_t ldx, T* out) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[N];
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) acc[j] = Vec<T>{};
+  for (int l = 0; l < n; l++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) acc[j] += w[l] * load(X + l * ldx + j * W);
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) store(out + j * W, load(out + j * W) + acc[j]);
+}
+template <class T> void pool(int n, int columns, const T* w, const T* X, int64_t ldx, T* out) {
+  constexpr int W = kLanes<T>;
+  int j = 0;
+  for (; j + 8 * W <= columns; j += 8 * W) pool_tile<T, 8>(n, w, X + j, ldx, out + j);
+  for (; j + 4 * W <= columns; j += 4 * W) pool_tile<T, 4>(n, w, X + j, ldx, out + j);
+  for (; j < columns; j += W) pool_tile<T, 1>(n, w, X + j, ldx, out + j);
+}
+
+template <class T> void forward(const Unit<T>& u, const ForwardOut<T>& out, ParallelFor run) {
+  Scratch scratch;
+  const Call<T> call(u, scratch, false);
+  const int64_t chunks = imin(u.users, (int64_t)kForwardChunks);
+  const int W = kLanes<T>, last = call.last;
+  parallel(run, chunks, [&](int64_t chunk) {
+    Scratch s;
+    Work<T> work(call, s);
+    T *score = s.take<T>(u.length + kBlock * W), *pooled = s.take<T>(call.Dp);
+    const Cut users = cut(u.users, chunks, chunk);
+    for (int64_t user = users.begin; user < users.end; user++) {
+      work.begin(user);
+      const Segment<T>& seg = work.seg;
+      const int64_t size = work.block_size();
+      for (int64_t v = 0; v < work.all_vectors(); v += size) {
+        work.enter(v, size);
+        call.act[last]->score(call.params[last], work.vectors, work.z_panel(last), work.row_space, u.score_weight, u.score_bias, score + v * W);
+      }
+      weights_of(u, seg, score);
+      __builtin_memset(pooled, 0, sizeof(T) * call.Dp);
+      for (int64_t v = 0; v < work.all_vectors(); v += size) {
+        work.enter(v, size);
+        work.need_rows();
+        pool<T>(work.n, call.Dp, score + v * W, work.rows, work.row_stride, pooled);
+      }
+      const T scale = pooling_scale(u, seg);
+      for (int d = 0; d < call.D; d++) out.pooled[user * call.D + d] = pooled[d] * scale;
+      T* scores = out.scores + seg.first_row;
+      __builtin_memcpy(scores, score, sizeof(T) * seg.rows);
+      __builtin_memset(scores + seg.rows, 0, sizeof(T) * (seg.total - seg.rows));
+    }
+  });
+}
+
+// ---------------------------------------------------------------- backward
+// dot products of rows with g: lanes over the columns, then a transpose brings the positions into the lanes
+template <class T> void dot_rows(const T* rows, int64_t stride, int n, int columns, const T* g, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int l0 = 0; l0 < n; l0 += W) {
+    Vec<T> r[W];
+    for (int l = 0; l < W; l++) {
+      Vec<T> acc = {};
+      if (l0 + l < n)
+        for (int d = 0; d < columns; d += W) acc += load(rows + (int64_t)(l0 + l) * stride + d) * load(g + d);
+      r[l] = acc;
+    }
+    transpose<T>(r);
+#pragma GCC unroll 4
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; i++) r[i] += r[i + half];
+    store(out + l0, r[0]);
+  }
+}
+
+// dz -= e0 + e1 (z - center), and zero in lanes beyond the positions
+template <class T> void subtract_answer(const Params<T>& p, const T* e0, const T* e1, int vectors, int n, const T* z, const T* dz, T* out) {
+  constexpr int W = kLanes<T>;
+  const int H = p.units;
+  const Vec<T> tail = first_lanes<T>(n - (vectors - 1) * W);
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < vectors; v++) {
+      const int64_t at = ((int64_t)v * H + h) * W;
+      Vec<T> x = load(dz + at) - (e1[h] * (load(z + at) - p.center[h]) + e0[h]);
+      if (v == vectors - 1) x = where_one<T>(tail, x);
+      store(out + at, x);
+    }
+}
+
+// panel[h] += sum over vectors of dz[v][h]
+template <class T> void add_vectors(const T* dz, int H, int vectors, T* panel) {
+  constexpr int W = kLanes<T>;
+  for (int h = 0; h < H; h++) {
+    Vec<T> s = {};
+    for (int v = 0; v < vectors; v++) s += load(dz + ((int64_t)v * H + h) * W);
+    store(panel + h * W, load(panel + h * W) + s);
+  }
+}
+
+// What one chunk of users adds up; merged in order afterwards.
+template <class T> struct Partial {
+  T *d_a_q, *d_a_k, *d_a_p;                      // [H][Dp]
+  T* d_weight[kMaxLayers];                       // [H][Hp of the layer before]
+  double *d_bias[kMaxLayers], *sums[kMaxLayers]; // [H], [kSums][H]
+  double *d_score_weight, *d_score_bias;
+};
+
+template <class T> struct Backward {
+  static constexpr int W = kLanes<T>;
+  const Unit<T>& u;
+  const BackwardPass<T>& pass;
+  const Call<T>& call;
+  const bool to_inputs, weights;
+
+  // ---- lane sums of one chunk that wait for their flush
+  struct Waiting {
+    T *sums[kMaxLayers] = {}, *bias[kMaxLayers] = {}, *score_weight = nullptr;
+    int positions = 0;
+  };
+  void flush(Waiting& w, Partial<T>& part) const {
+    for (int i = 0; i <= call.last; i++) {
+      if (w.sums[i]) flush_lanes(w.sums[i], (int64_t)kSums * call.H[i], part.sums[i]);
+      if (w.bias[i]) flush_lanes(w.bias[i], call.H[i], part.d_bias[i]);
+    }
+    if (w.score_weight) flush_lanes(w.score_weight, call.H[call.last], part.d_score_weight);
+    w.positions = 0;
+  }
+
+  Partial<T> new_partial(Scratch& s) const {
+    Partial<T> p = {};
+    if (to_inputs) {
+      const int64_t n = (int64_t)call.H[0] * call.Dp;
+      p.d_a_q = s.zeros<T>(n);
+      p.d_a_k = s.zeros<T>(n);
+      p.d_a_p = s.zeros<T>(n);
+    }
+    for (int i = 0; i <= call.last; i++) {
+      if (pass.d_weight[i]) p.d_weight[i] = s.zeros<T>((int64_t)call.H[i] * call.Hp[i - 1]);
+      if (pass.d_bias[i]) p.d_bias[i] = s.zeros<double>(call.H[i]);
+      if (pass.sums[i]) p.sums[i] = s.zeros<double>((int64_t)kSums * call.H[i]);
+    }
+    if (pass.d_score_weight) {
+      p.d_score_weight = s.zeros<double>(call.H[call.last]);
+      p.d_score_bias = s.zeros<double>(1);
+    }
+    return p;
+  }
+
+  struct State {
+    Work<T> work;
+    T *g, *dz, *da, *zero, *a_rows, *m_rows, *d_m, *d_c, *d_k, *row;
+    Waiting waiting;
+    State(const Backward& b, Scratch& s) : work(b.call, s) {
+      const Call<T>& c = b.call;
+      int most = 0;
+      for (int i = 0; i <= c.last; i++) most = c.Hp[i] > most ? c.Hp[i] : most;
+      g = s.zeros<T>(c.Dp);
+      dz = s.take<T>((int64_t)kBlock * W * most);
+      da = s.take<T>((int64_t)kBlock * W * most);
+      a_rows = s.take<T>((int64_t)kBlock * W * most);
+      zero = s.zeros<T>(most);
+      if (b.to_inputs) {
+        m_rows = s.take<T>((int64_t)c.H[0] * c.Dp);
+        d_m = s.take<T>((int64_t)c.H[0] * c.Dp);
+        d_c = s.take<T>((int64_t)c.H[0] * W);
+        d_k = s.take<T>((int64_t)kBlock * W * c.Dp);
+        row = s.take<T>((int64_t)W * c.Dp);
+      }
+      for (int i = 0; i <= c.last; i++) {
+        if (b.pass.sums[i]) waiting.sums[i] = s.zeros<T>((int64_t)kSums * c.H[i] * W);
+        if (i && b.pass.d_bias[i]) waiting.bias[i] = s.zeros<T>((int64_t)c.H[i] * W);
+      }
+      if (b.pass.d_score_weight) waiting.score_weight = s.zeros<T>((int64_t)c.H[c.last] * W);
+    }
+  };
+
+  // gradient of the pooled vector, times the pooling's factor
+  void load_gradient(State& st, int64_t user) const {
+    const T scale = pooling_scale(u, st.work.seg);
+    for (int d = 0; d < call.D; d++)
+      st.g[d] = pass.grad_pooled ? scale * pass.grad_pooled[user * pass.grad_pooled_stride[0] + d * pass.grad_pooled_stride[1]] : T(0);
+  }
+
+  // d score before its activation and softmax, of every position of the user
+  void score_gradient(State& st, int64_t user, int64_t size, Partial<T>& part) const {
+    Work<T>& work = st.work;
+    const Segment<T>& seg = work.seg;
+    T* ds = pass.d_logit + seg.first_panel_row;
+    const T* p = pass.scores + seg.first_row;
+    for (int64_t v = 0; v < work.all_vectors(); v += size) {
+      work.enter(v, size);
+      work.need_rows();
+      dot_rows<T>(work.rows, work.row_stride, work.n, call.Dp, st.g, ds + v * W);
+    }
+    if (pass.grad_scores)
+      for (int64_t l = 0; l < seg.rows; l++)
+        ds[l] += pass.grad_scores[user * pass.grad_scores_stride[0] + l * pass.grad_scores_stride[1]];
+    if (u.softmax) {
+      double mean = 0;
+      for (int64_t l = 0; l < seg.rows; l++)
+        if (seg.is_valid(l)) mean += (double)p[l] * ds[l];
+      for (int64_t l = 0; l < seg.rows; l++) ds[l] = p[l] * (ds[l] - (T)mean);
+    } else if (u.score_activation == kScoreSigmoid) {
+      for (int64_t l = 0; l < seg.rows; l++) ds[l] *= p[l] * (T(1) - p[l]);
+    }
+    if (seg.no_softmax_over) {
+      const T none = u.empty == kNan ? T(__builtin_nan("")) : T(0);
+      for (int64_t l = 0; l < seg.rows; l++) ds[l] = none;
+    } else if (seg.valid < seg.rows) {
+      for (int64_t l = 0; l < seg.rows; l++)
+        if (!seg.is_valid(l)) ds[l] = 0;
+    }
+    for (int64_t l = seg.rows; l < work.all_vectors() * W; l++) ds[l] = 0;
+    if (part.d_score_bias) {
+      double sum = 0;
+      for (int64_t l = 0; l < seg.rows; l++) sum += (double)ds[l];
+      *part.d_score_bias += sum;
+    }
+  }
+
+  // m = A_k + A_p diag(q), rows of D
+  void begin_inputs(State& st) const {
+    const int64_t n = (int64_t)call.H[0] * call.Dp;
+    for (int d = 0; d < call.Dp; d += W) {
+      const Vec<T> q = load(st.work.query + d);
+      for (int h = 0; h < call.H[0]; h++) {
+        const int64_t at = (int64_t)h * call.Dp + d;
+        store(st.m_rows + at, load(call.a_k + at) + q * load(call.a_p + at));
+      }
+    }
+    __builtin_memset(st.d_m, 0, sizeof(T) * n);
+    __builtin_memset(st.d_c, 0, sizeof(T) * call.H[0] * W);
+  }
+
+  // d k = p g + m' dz, of the block
+  void history_gradient(State& st) const {
+    Work<T>& work = st.work;
+    const Segment<T>& seg = work.seg;
+    const int64_t first = seg.first_row + work.block * W;
+    const T* p = pass.scores + first;
+    T weight[kBlock * W];
+    for (int l = 0; l < work.vectors * W; l++) weight[l] = l < work.n ? p[l] : T(0);
+    for (int v = 0; v < work.vectors; v++) {
+      const Vec<T> w = load(weight + v * W);
+      for (int d = 0; d < call.Dp; d++) store(st.d_k + ((int64_t)v * call.Dp + d) * W, w * st.g[d]);
+    }
+    product<T>(work.vectors, call.Dp, call.H[0], st.m_rows, call.Dp, st.dz, (int64_t)call.H[0] * W, st.d_k, (int64_t)call.Dp * W, nullptr);
+    T* out = pass.d_history + first * call.D;
+    for (int v = 0; v < work.vectors; v++) {
+      const int lanes = imin(W, work.n - v * W);
+      const T* from = st.d_k + (int64_t)v * call.Dp * W;
+      if (call.D == call.Dp && lanes == W) {
+        Work<T>::panel_to_rows(from, call.Dp, 1, call.D, out + (int64_t)v * W * call.D);
+        continue;
+      }
+      Work<T>::panel_to_rows(from, call.Dp, 1, call.Dp, st.row);
+      for (int l = 0; l < lanes; l++)
+        __builtin_memcpy(out + ((int64_t)v * W + l) * call.D, st.row + (int64_t)l * call.Dp, sizeof(T) * call.D);
+    }
+  }
+
+  // a candidate's d m and d c into the chunk's sums, and its query's gradient
+  void finish_inputs(State& st, int64_t user, Partial<T>& part) const {
+    const int H = call.H[0];
+    T* dc = st.da;  // free by now, and long enough
+    for (int h = 0; h < H; h++) {
+      dc[h] = lane_sum<T>(load(st.d_c + h * W));
+      if (part.d_bias[0]) part.d_bias[0][h] += (double)dc[h];
+    }
+    for (int d = 0; d < call.Dp; d += W) {
+      const Vec<T> q = load(st.work.query + d);
+      Vec<T> dq = {};
+      for (int h = 0; h < H; h++) {
+        const int64_t at = (int64_t)h * call.Dp + d;
+        const Vec<T> dm = load(st.d_m + at);
+        store(part.d_a_k + at, load(part.d_a_k + at) + dm);
+        store(part.d_a_p + at, load(part.d_a_p + at) + dm * q);
+        store(part.d_a_q + at, load(part.d_a_q + at) + dc[h] * q);
+        dq += dm * load(call.a_p + at) + dc[h] * load(call.a_q + at);
+      }
+      if (pass.d_query)
+        for (int i = 0; i < imin(W, call.D - d); i++) pass.d_query[user * call.D + d + i] = dq[i];
+    }
+  }
+
+  // dz of layer `layer`, complete, is in st.dz: give its weight's gradient and go one layer down
+  void step_down(State& st, int layer) const {
+    Work<T>& work = st.work;
+    const int H = call.H[layer], below = layer - 1, Hb = call.H[below];
+    if (st.waiting.bias[layer]) add_vectors(st.dz, H, work.vectors, st.waiting.bias[layer]);
+    const T* z = work.z_panel(below);
+    product<T>(work.vectors, Hb, H, u.layer[layer].weight, Hb, st.dz, (int64_t)H * W, st.da, (int64_t)Hb * W, st.zero);
+    T* dz_below = pass.to == below ? pass.local_out + work.panel_at(below) : st.da;
+    call.act[below]->backward(call.params[below], {work.vectors, z, st.da, nullptr, dz_below, pass.d_weight[layer] ? work.a[below] : nullptr,
+                                                   st.waiting.sums[below], nullptr, work.row_space});
+    if (pass.d_weight[layer]) {
+      Work<T>::panel_to_rows(work.a[below], Hb, work.vectors, call.Hp[below], st.a_rows);
+      outer<T>(H, call.Hp[below], work.n, st.dz, (int64_t)H * W, st.a_rows, call.Hp[below], current->d_weight[layer], call.Hp[below]);
+    }
+    T* swap = st.dz;
+    st.dz = st.da;
+    st.da = swap;
+  }
+  Partial<T>* current;
+
+  void block(State& st) const {
+    Work<T>& work = st.work;
+    const int top = pass.from;
+    const Layer<T>& layer = u.layer[top];
+    const T* z = work.z_panel(top);
+    if (top == call.last) {
+      const bool sums_only = pass.to == top && u.activation != kDiceRow;
+      call.act[top]->backward_last(call.params[top], {work.vectors, z, pass.d_logit + work.seg.first_panel_row + work.block * W, u.score_weight,
+                                                      sums_only ? nullptr : st.dz, nullptr, st.waiting.sums[top], st.waiting.score_weight, work.row_space});
+      if (pass.to == top) return;
+      if (layer.response) subtract_answer(call.params[top], call.e0[top], call.e1[top], work.vectors, work.n, z, st.dz, st.dz);
+    } else {
+      subtract_answer(call.params[top], call.e0[top], call.e1[top], work.vectors, work.n, z, pass.local_in + work.panel_at(top), st.dz);
+    }
+    for (int i = top; i > 0 && i > pass.to; i--) step_down(st, i);
+    if (!to_inputs) return;
+    add_vectors(st.dz, call.H[0], work.vectors, st.d_c);
+    if (weights) {
+      work.need_rows();
+      outer<T>(call.H[0], call.Dp, work.n, st.dz, (int64_t)call.H[0] * W, work.rows, work.row_stride, st.d_m, call.Dp);
+    }
+    if (pass.d_history) history_gradient(st);
+  }
+
+  void chunk(Cut users, Partial<T>& part) {
+    Scratch s;
+    State st(*this, s);
+    for (int64_t user = users.begin; user < users.end; user++) {
+      Work<T>& work = st.work;
+      work.begin(user);
+      const Segment<T>& seg = work.seg;
+      const int64_t size = work.block_size();
+      load_gradient(st, user);
+      if (pass.first) score_gradient(st, user, size, part);
+      if (to_inputs) begin_inputs(st);
+      for (int64_t v = 0; v < work.all_vectors(); v += size) {
+        work.enter(v, size);
+        block(st);
+        if ((st.waiting.positions += work.n) >= kFlush) flush(st.waiting, part);
+      }
+      if (!to_inputs) continue;
+      if (pass.d_history)
+        __builtin_memset(pass.d_history + (seg.first_row + seg.rows) * call.D, 0, sizeof(T) * (seg.total - seg.rows) * call.D);
+      if (weights) finish_inputs(st, user, part);
+    }
+    flush(st.waiting, part);
+  }
+};
+
+// out[i][j] = sum over chunks, in order, in double
+template <class T, class P, class Get>
+void merge(int64_t chunks, int rows, int columns, int64_t ld, T* out, const P* parts, Get get) {
+  if (!out) return;
+  double sum[256];
+  for (int i = 0; i < rows; i++)
+    for (int j0 = 0; j0 < columns; j0 += 256) {
+      const int n = imin(256, columns - j0);
+      for (int j = 0; j < n; j++) sum[j] = 0;
+      for (int64_t c = 0; c < chunks; c++) {
+        const auto* p = get(parts[c]) + i * ld + j0;
+        for (int j = 0; j < n; j++) sum[j] += (double)p[j];
+      }
+      for (int j = 0; j < n; j++) out[(int64_t)i * columns + j0 + j] = (T)sum[j];
+    }
+}
+
+template <class T> void backward(const Unit<T>& u, const BackwardPass<T>& pass, ParallelFor run) {
+  Scratch scratch;
+  const bool to_inputs = pass.to < 0;
+  const Call<T> call(u, scratch, to_inputs);
+  const int64_t chunks = imin(u.users, (int64_t)kMaxChunks);
+  // the query's gradient needs d m as the weights' does
+  const bool weights = pass.d_a_k || pass.d_query;
+  Partial<T>* parts = scratch.take<Partial<T>>(chunks > 0 ? chunks : 1);
+  const Backward<T> blank{u, pass, call, to_inputs, weights, nullptr};
+  for (int64_t c = 0; c < chunks; c++) parts[c] = blank.new_partial(scratch);
+  parallel(run, chunks, [&](int64_t c) {
+    Backward<T> b{u, pass, call, to_inputs, weights, &parts[c]};
+    b.chunk(cut(u.users, chunks, c), parts[c]);
+  });
+  using P = Partial<T>;
+  const int H0 = call.H[0], D = call.D, Dp = call.Dp;
+  if (to_inputs) {
+    merge(chunks, H0, D, Dp, pass.d_a_q, parts, [](const P& p) { return p.d_a_q; });
+    merge(chunks, H0, D, Dp, pass.d_a_k, parts, [](const P& p) { return p.d_a_k; });
+    merge(chunks, H0, D, Dp, pass.d_a_p, parts, [](const P& p) { return p.d_a_p; });
+  }
+  for (int i = 0; i <= call.last; i++) {
+    if (i) merge(chunks, call.H[i], call.H[i - 1], call.Hp[i - 1], pass.d_weight[i], parts, [i](const P& p) { return p.d_weight[i]; });
+    merge(chunks, 1, call.H[i], call.H[i], pass.d_bias[i], parts, [i](const P& p) { return p.d_bias[i]; });
+    merge(chunks, kSums, call.H[i], call.H[i], pass.sums[i], parts, [i](const P& p) { return p.sums[i]; });
+  }
+  merge(chunks, 1, call.H[call.last], call.H[call.last], pass.d_score_weight, parts, [](const P& p) { return p.d_score_weight; });
+  merge(chunks, 1, 1, 1, pass.d_score_bias, parts, [](const P& p) { return p.d_score_bias; });
+}
+
+}  // namespace
+
+#define DIN_FAST_STRING_(x) #x
+#define DIN_FAST_STRING(x) DIN_FAST_STRING_(x)
+static const InstructionSet kSet = {
+    DIN_FAST_STRING(DIN_FAST_GETTER),
+    {moments<float>, forward<float>, backward<float>},
+    {moments<double>, forward<double>, backward<double>},
+};
+}  // namespace DIN_FAST_ISA
+
+const InstructionSet* DIN_FAST_GETTER() { return &DIN_FAST_ISA::kSet; }
+}  // namespace din_fast

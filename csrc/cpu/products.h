@@ -1,0 +1,119 @@
+// The two microkernels that every matrix product of the unit is made of. Lanes are positions: a panel is
+// [vector][row][lane], kLanes positions of one candidate per vector. Included by kernel.h inside its namespace.
+
+template <class T> constexpr int kAccumulators = DIN_FAST_ACCUMULATORS;
+
+// C[v][i] = init[i] (or C[v][i] itself where init is null) + sum_k A[k * lda + i] B[v][k], for R rows and N vectors
+template <class T, int R, int N>
+DIN_FAST_INLINE void product_tile(int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[R][N];
+#pragma GCC unroll 24
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) acc[i][j] = init ? splat(init[i]) : load(C + j * c_vector + i * W);
+  for (int k = 0; k < K; k++) {
+    Vec<T> b[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) b[j] = load(B + j * b_vector + k * W);
+#pragma GCC unroll 24
+    for (int i = 0; i < R; i++) {
+      const T a = A[k * lda + i];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) acc[i][j] += a * b[j];
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) store(C + j * c_vector + i * W, acc[i][j]);
+}
+
+constexpr int smaller_tile(int r) { return r > 16 ? 12 : r > 8 ? 8 : r > 4 ? 4 : r > 2 ? 2 : 1; }
+
+template <class T, int R, int N>
+static void product_rows(int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
+  int i = 0;
+  for (; i + R <= M; i += R)
+    product_tile<T, R, N>(K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
+  if constexpr (R > 1)
+    if (i < M)
+      product_rows<T, smaller_tile(R), N>(M - i, K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
+}
+
+template <class T>
+static void product(int vectors, int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
+  constexpr int kAcc = kAccumulators<T>;
+  for (int v = 0; v < vectors;) {
+    const int left = vectors - v;
+    const T* b = B + v * b_vector;
+    T* c = C + v * c_vector;
+    if (left >= 3 && left != 4) {
+      product_rows<T, kAcc / 3, 3>(M, K, A, lda, b, b_vector, c, c_vector, init);
+      v += 3;
+    } else if (left >= 2) {
+      product_rows<T, kAcc / 2, 2>(M, K, A, lda, b, b_vector, c, c_vector, init);
+      v += 2;
+    } else {
+      product_rows<T, kAcc, 1>(M, K, A, lda, b, b_vector, c, c_vector, init);
+      v += 1;
+    }
+  }
+}
+
+// C[i][j..] += sum over the first n positions l of A[l / W][i][l % W] X[l][j..]: lanes are the columns of row-major X.
+// The sum of a call starts at zero and is added to C once, so that long histories are summed in blocks.
+template <class T, int R, int N>
+DIN_FAST_INLINE void outer_tile(int n, const T* A, int64_t a_vector, const T* X, int64_t ldx, T* C, int64_t ldc) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[R][N];
+#pragma GCC unroll 24
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) acc[i][j] = Vec<T>{};
+  for (; n > 0; n -= W, A += a_vector) {
+    const int lanes = imin(n, W);
+    for (int l = 0; l < lanes; l++, X += ldx) {
+      Vec<T> x[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) x[j] = load(X + j * W);
+#pragma GCC unroll 24
+      for (int i = 0; i < R; i++) {
+        const T a = A[i * W + l];
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) acc[i][j] += a * x[j];
+      }
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) store(C + i * ldc + j * W, load(C + i * ldc + j * W) + acc[i][j]);
+}
+
+template <class T, int R, int N>
+static void outer_rows(int M, int n, const T* A, int64_t a_vector, const T* X, int64_t ldx, T* C, int64_t ldc) {
+  int i = 0;
+  for (; i + R <= M; i += R) outer_tile<T, R, N>(n, A + i * kLanes<T>, a_vector, X, ldx, C + i * ldc, ldc);
+  if constexpr (R > 1)
+    if (i < M) outer_rows<T, smaller_tile(R), N>(M - i, n, A + i * kLanes<T>, a_vector, X, ldx, C + i * ldc, ldc);
+}
+
+// columns: a multiple of the lanes
+template <class T>
+static void outer(int M, int columns, int n, const T* A, int64_t a_vector, const T* X, int64_t ldx, T* C, int64_t ldc) {
+  constexpr int W = kLanes<T>, kAcc = kAccumulators<T>;
+  for (int j = 0; j < columns;) {
+    const int left = (columns - j) / W;
+    if (left >= 3 && left != 4) {
+      outer_rows<T, kAcc / 3, 3>(M, n, A, a_vector, X + j, ldx, C + j, ldc);
+      j += 3 * W;
+    } else if (left >= 2) {
+      outer_rows<T, kAcc / 2, 2>(M, n, A, a_vector, X + j, ldx, C + j, ldc);
+      j += 2 * W;
+    } else {
+      outer_rows<T, kAcc, 1>(M, n, A, a_vector, X + j, ldx, C + j, ldc);
+      j += W;
+    }
+  }
+}

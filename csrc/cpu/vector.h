@@ -1,0 +1,103 @@
+// Vectors of one instruction set, in GCC's vector extensions: no intrinsics, so that one source serves all.
+// Included by kernel.h inside its namespace; must not pull in any header with inline functions.
+
+#define DIN_FAST_INLINE inline __attribute__((always_inline))
+
+template <class T> struct Vector;
+template <> struct Vector<float> {
+  typedef float V __attribute__((vector_size(DIN_FAST_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(DIN_FAST_VECTOR_BYTES)));
+  static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  static constexpr int kMantissa = 23;
+  static constexpr float kLargest = 126.f;
+};
+template <> struct Vector<double> {
+  typedef double V __attribute__((vector_size(DIN_FAST_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(DIN_FAST_VECTOR_BYTES)));
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissa = 52;
+  static constexpr double kLargest = 1022.0;
+};
+template <class T> using Vec = typename Vector<T>::V;
+template <class T> constexpr int kLanes = DIN_FAST_VECTOR_BYTES / sizeof(T);
+
+constexpr double kLog2e = 1.4426950408889634;
+
+template <class T> DIN_FAST_INLINE Vec<T> load(const T* p) { Vec<T> v; __builtin_memcpy(&v, p, sizeof v); return v; }
+template <class T> DIN_FAST_INLINE void store(T* p, Vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class T> DIN_FAST_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
+template <class T> DIN_FAST_INLINE T lane_sum(Vec<T> v) { T s = 0; for (int i = 0; i < kLanes<T>; i++) s += v[i]; return s; }
+
+DIN_FAST_INLINE int imin(int a, int b) { return a < b ? a : b; }
+DIN_FAST_INLINE int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
+DIN_FAST_INLINE int round_up(int a, int b) { return (a + b - 1) / b * b; }
+
+// 1 in the first n lanes, 0 in the others
+template <class T> DIN_FAST_INLINE Vec<T> first_lanes(int64_t n) {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; i++) v[i] = i < n ? T(1) : T(0);
+  return v;
+}
+template <class T> DIN_FAST_INLINE Vec<T> where_one(Vec<T> keep, Vec<T> v) { return keep != Vec<T>{} ? v : Vec<T>{}; }
+
+DIN_FAST_INLINE Vec<float> exp2_fraction(Vec<float> f) {  // 2^f, |f| <= 1/2, to 2e-8
+  Vec<float> p = splat(1.327647129e-03f);
+  p = p * f + 9.675541893e-03f;
+  p = p * f + 5.550713092e-02f;
+  p = p * f + 2.402212024e-01f;
+  p = p * f + 6.931469440e-01f;
+  return p * f + 1.f;
+}
+DIN_FAST_INLINE Vec<double> exp2_fraction(Vec<double> f) {  // Taylor, to 2e-16
+  Vec<double> p = splat(2.5678435993488206e-11);
+  p = p * f + 4.4455382718708116e-10;
+  p = p * f + 7.0549116208011234e-09;
+  p = p * f + 1.0178086009239699e-07;
+  p = p * f + 1.3215486790144309e-06;
+  p = p * f + 1.5252733804059841e-05;
+  p = p * f + 1.5403530393381610e-04;
+  p = p * f + 1.3333558146428443e-03;
+  p = p * f + 9.6181291076284772e-03;
+  p = p * f + 5.5504108664821580e-02;
+  p = p * f + 2.4022650695910072e-01;
+  p = p * f + 6.9314718055994531e-01;
+  return p * f + 1.0;
+}
+// 2^y, saturating at 2^-largest and 2^largest; NaN stays NaN (a comparison with NaN is false)
+template <class T> DIN_FAST_INLINE Vec<T> exp2_(Vec<T> y) {
+  using I = typename Vector<T>::I;
+  const Vec<T> low = splat<T>(-Vector<T>::kLargest), high = splat<T>(Vector<T>::kLargest);
+  y = low > y ? low : y;
+  y = high < y ? high : y;
+  const Vec<T> shifted = y + Vector<T>::kRound;
+  const Vec<T> p = exp2_fraction(y - (shifted - Vector<T>::kRound));
+  return (Vec<T>)((I)p + ((I)shifted << Vector<T>::kMantissa));
+}
+// sigmoid(x) where y = -x log2(e)
+template <class T> DIN_FAST_INLINE Vec<T> sigmoid_(Vec<T> y) { return T(1) / (exp2_<T>(y) + T(1)); }
+template <class T> DIN_FAST_INLINE Vec<T> sqrt_(Vec<T> v) {
+  for (int i = 0; i < kLanes<T>; i++) v[i] = sizeof(T) == 4 ? (T)__builtin_sqrtf((float)v[i]) : (T)__builtin_sqrt((double)v[i]);
+  return v;
+}
+
+// ---- transpose of kLanes x kLanes in registers: swap one bit of the register number with the same bit of the lane
+template <int... L> struct Lanes {};
+template <int N, int... L> struct MakeLanes : MakeLanes<N - 1, N - 1, L...> {};
+template <int... L> struct MakeLanes<0, L...> { using type = Lanes<L...>; };
+
+template <class T, int B, int... L> DIN_FAST_INLINE void swap_bit(Vec<T>& a, Vec<T>& b, Lanes<L...>) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> lo = __builtin_shufflevector(a, b, ((L & B) ? W + (L ^ B) : L)...);
+  const Vec<T> hi = __builtin_shufflevector(a, b, ((L & B) ? W + L : (L | B))...);
+  a = lo;
+  b = hi;
+}
+template <class T, int B> DIN_FAST_INLINE void swap_bits(Vec<T>* r) {
+  if constexpr (B < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; i++)
+      if (!(i & B)) swap_bit<T, B>(r[i], r[i | B], typename MakeLanes<kLanes<T>>::type{});
+    swap_bits<T, 2 * B>(r);
+  }
+}
+template <class T> DIN_FAST_INLINE void transpose(Vec<T>* r) { swap_bits<T, 1>(r); }

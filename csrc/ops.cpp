@@ -1,0 +1,598 @@
+// The ops of the native backend: schemas, arguments -> Unit, memory for results. The only file that includes torch's
+// headers, and only its stable ABI: the library runs with any torch from 2.11 on. Fake kernels and autograd are
+// registered in Python, din_fast/ops.py, which also says what each argument is.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "unit.h"
+
+namespace din_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using MaybeTensors = std::vector<MaybeTensor>;
+
+// ---------------------------------------------------------------- instruction sets
+bool runs_here(const InstructionSet* set) {
+  if (!set) return false;
+#if defined(__x86_64__)
+  const std::string name = set->name;
+  if (name == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return true;
+}
+
+// fastest first
+std::vector<const InstructionSet*> available_sets() {
+  std::vector<const InstructionSet*> sets;
+  for (const InstructionSet* set : {avx512(), avx2(), portable()})
+    if (runs_here(set)) sets.push_back(set);
+  return sets;
+}
+
+std::string instruction_sets() {
+  std::string names;
+  for (const InstructionSet* set : available_sets()) names += (names.empty() ? "" : ",") + std::string(set->name);
+  return names;
+}
+
+const InstructionSet& chosen_set() {
+  static const std::vector<const InstructionSet*> sets = available_sets();
+  const char* wanted = std::getenv("DIN_FAST_CPU");
+  if (!wanted || !*wanted) return *sets.front();
+  for (const InstructionSet* set : sets)
+    if (std::strcmp(set->name, wanted) == 0) return *set;
+  STD_TORCH_CHECK(false, "DIN_FAST_CPU: expected one of ", instruction_sets(), " on this processor; got '", wanted, "'");
+}
+
+std::string instruction_set() { return chosen_set().name; }
+
+template <class T> const Kernels<T>& kernels();
+template <> const Kernels<float>& kernels<float>() { return chosen_set().f32; }
+template <> const Kernels<double>& kernels<double>() { return chosen_set().f64; }
+
+void parallel(int64_t n, Body body, void* context) {
+  if (n == 1) return body(context, 0);
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(context, i);
+  });
+}
+
+// ---------------------------------------------------------------- tensors
+template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+template <class T> const T* data(const MaybeTensor& t) {
+  return t.has_value() && t->numel() > 0 ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+template <class T> Tensor new_tensor(std::vector<int64_t> sizes) {
+  Tensor t = torch::stable::empty(sizes, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+  // Large results come as fresh pages: ask for big ones before they are touched.
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * sizeof(T)) / kHuge * kHuge;
+#ifdef MADV_HUGEPAGE
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+template <class T> Tensor nothing() { return torch::stable::empty({0}, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double); }
+
+// ---------------------------------------------------------------- arguments -> Unit
+// The segments of a call. Tensors that had to be copied are held here as long as the Unit points into them.
+template <class T> struct Arguments {
+  Unit<T> unit;
+  Tensors held;
+  std::vector<int64_t> panel_start;
+  int64_t panel_total = 0;  // panel rows of all users
+  bool ragged = false;
+
+  const T* hold(const Tensor& t) {
+    if (t.numel() == 0) return nullptr;
+    held.push_back(dense(t));
+    return data<T>(held.back());
+  }
+  const T* hold(const MaybeTensor& t) { return t.has_value() ? hold(*t) : nullptr; }
+
+  void segments(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
+                const MaybeTensor& mask, const Tensor& query, bool pads_are_input) {
+    STD_TORCH_CHECK(!candidate_offsets.has_value(), "candidate_offsets: several candidates a user are not built yet; expected None");
+    ragged = starts.has_value();
+    STD_TORCH_CHECK(history.dim() == (ragged ? 2 : 3), "history: expected ", ragged ? 2 : 3, " dimensions, got ", history.dim());
+    STD_TORCH_CHECK(query.dim() == 2, "query: expected 2 dimensions, got ", query.dim());
+    const int last = (int)history.dim() - 1;
+    unit.dim = history.size(last);
+    STD_TORCH_CHECK(unit.dim >= 1 && unit.dim <= (1 << 20), "history: expected dim of 1 to 2^20, got ", unit.dim);
+    STD_TORCH_CHECK(query.size(1) == unit.dim, "query: expected dim ", unit.dim, ", got ", query.size(1));
+    STD_TORCH_CHECK(history.stride(last) == 1 || unit.dim == 1, "history: expected a last stride of 1, got ", history.stride(last));
+    STD_TORCH_CHECK(query.stride(1) == 1 || unit.dim == 1, "query: expected a last stride of 1, got ", query.stride(1));
+    STD_TORCH_CHECK(query.scalar_type() == history.scalar_type(), "query: expected the dtype of history");
+    unit.history = data<T>(history);
+    unit.query = data<T>(query);
+    unit.query_stride = query.stride(0);
+    unit.row_stride = history.stride(last - 1);
+    unit.pads_are_input = pads_are_input;
+    unit.users = ragged ? starts->size(0) : history.size(0);
+    STD_TORCH_CHECK(query.size(0) == unit.users, "query: expected ", unit.users, " rows, got ", query.size(0));
+    for (const MaybeTensor* t : {&starts, &lengths})
+      if (t->has_value())
+        STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Long && (*t)->dim() == 1 && (*t)->size(0) == unit.users && (*t)->is_contiguous(),
+                        "starts, lengths: expected contiguous int64 of shape (users,)");
+    unit.lengths = lengths.has_value() ? data<int64_t>(*lengths) : nullptr;
+    if (ragged) {
+      check_ragged(history, *starts);
+      STD_TORCH_CHECK(!mask.has_value(), "mask: expected None for ragged histories");
+      return;
+    }
+    unit.user_stride = history.stride(0);
+    unit.length = history.size(1);
+    panel_total = unit.users * panel_rows(unit.length);
+    if (mask.has_value()) {
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == unit.users && mask->size(1) == unit.length &&
+                          mask->is_contiguous(),
+                      "mask: expected contiguous bool of shape (users, length)");
+      unit.mask = data<bool>(*mask);
+    }
+    if (unit.lengths)
+      for (int64_t i = 0; i < unit.users; i++)
+        STD_TORCH_CHECK(unit.lengths[i] >= 0 && unit.lengths[i] <= unit.length, "lengths: expected values from 0 to ", unit.length, ", got ",
+                        unit.lengths[i], " at ", i);
+  }
+
+  void check_ragged(const Tensor& history, const Tensor& starts) {
+    STD_TORCH_CHECK(unit.lengths, "lengths: expected with starts, got None");
+    STD_TORCH_CHECK(history.is_contiguous(), "history: expected contiguous rows for ragged histories");
+    unit.starts = data<int64_t>(starts);
+    for (int64_t i = 0; i < unit.users; i++) {
+      const int64_t n = unit.lengths[i], start = unit.starts[i];
+      STD_TORCH_CHECK(n >= 0 && start >= 0 && start % unit.dim == 0 && start / unit.dim + n <= history.size(0),
+                      "starts, lengths: expected segments within ", history.size(0), " rows, got start ", start, " and length ", n, " at ", i);
+      panel_start.push_back(panel_total);
+      panel_total += panel_rows(n);
+      if (n > unit.length) unit.length = n;
+    }
+    unit.panel_start = panel_start.data();
+  }
+
+  // weights: A_q, A_k, A_p, b1, (W, b) of each further layer, the score's weight and bias; affine: six a layer, of which
+  // the first `used` layers' are needed
+  void parameters(const Tensors& weights, const Tensors& affine, int64_t activation, double dice_eps, int64_t used = kMaxLayers) {
+    STD_TORCH_CHECK(weights.size() >= 6 && weights.size() % 2 == 0, "weights: expected 2 n + 4 tensors, got ", weights.size());
+    unit.layers = (int)(weights.size() - 4) / 2;
+    STD_TORCH_CHECK(unit.layers <= kMaxLayers, "weights: expected at most ", kMaxLayers, " layers, got ", unit.layers);
+    STD_TORCH_CHECK(affine.size() == (size_t)unit.layers * 6, "affine: expected 6 tensors a layer, got ", affine.size());
+    STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: expected 0 to ", kActivations - 1, ", got ", activation);
+    held.reserve(weights.size() + affine.size() + 64);
+    unit.activation = (int)activation;
+    unit.dice_eps = (T)dice_eps;
+    const int64_t first = weights[0].size(0);
+    for (int i = 0; i < 3; i++) expect("weights", weights[i], {first, unit.dim});
+    unit.a_q = hold(weights[0]);
+    unit.a_k = hold(weights[1]);
+    unit.a_p = hold(weights[2]);
+    int64_t inputs = 0;
+    for (int i = 0; i < unit.layers; i++) {
+      Layer<T>& layer = unit.layer[i];
+      if (i) {
+        const Tensor& w = weights[2 * i + 2];
+        expect("weights", w, {w.size(0), inputs});
+        layer.weight = hold(w);
+        layer.units = w.size(0);
+      } else {
+        layer.units = first;
+      }
+      STD_TORCH_CHECK(layer.units >= 1 && layer.units <= (1 << 20), "weights: expected 1 to 2^20 hidden units, got ", layer.units);
+      expect("weights", weights[2 * i + 3], {layer.units});
+      layer.bias = hold(weights[2 * i + 3]);
+      const T** fields[6] = {&layer.center, &layer.norm_scale, &layer.norm_shift, &layer.gate_scale, &layer.gate_shift, &layer.slope};
+      for (int f = 0; f < 6; f++) {
+        const Tensor& t = affine[6 * i + f];
+        if (t.numel()) expect("affine", t, {layer.units});
+        *fields[f] = hold(t);
+      }
+      STD_TORCH_CHECK(!layer.norm_scale == !layer.norm_shift, "affine: expected norm_scale and norm_shift together");
+      STD_TORCH_CHECK(i >= used || activation != kDiceBatch || (layer.gate_scale && layer.gate_shift), "affine: expected gate_scale and gate_shift for dice_batch");
+      STD_TORCH_CHECK(i >= used || activation < kPrelu || layer.slope, "affine: expected a slope for this activation");
+      inputs = layer.units;
+    }
+    expect("weights", weights[weights.size() - 2], {inputs});
+    expect("weights", weights.back(), {1});
+    unit.score_weight = hold(weights[weights.size() - 2]);
+    unit.score_bias = *hold(weights.back());
+  }
+
+  void statistics(const Tensors& response, const Tensors& kept, const Tensors* sums) {
+    STD_TORCH_CHECK(response.empty() || response.size() == (size_t)unit.layers, "response: expected one a layer, got ", response.size());
+    STD_TORCH_CHECK(kept.size() <= (size_t)unit.layers, "kept: expected at most one a layer, got ", kept.size());
+    for (size_t i = 0; i < response.size(); i++) {
+      if (response[i].numel()) expect("response", response[i], {2, 4, unit.layer[i].units});
+      unit.layer[i].response = hold(response[i]);
+    }
+    for (size_t i = 0; i < kept.size(); i++) {
+      if (kept[i].numel() == 0) continue;
+      expect("kept", kept[i], {panel_total * unit.layer[i].units});
+      unit.layer[i].kept = data<T>(kept[i]);
+    }
+    if (!sums) return;
+    STD_TORCH_CHECK(sums->size() == (size_t)unit.layers, "sums: expected one a layer, got ", sums->size());
+    for (size_t i = 0; i < sums->size(); i++) {
+      if ((*sums)[i].numel()) expect("sums", (*sums)[i], {kSums, unit.layer[i].units});
+      unit.layer[i].sums = hold((*sums)[i]);
+    }
+  }
+
+  void score(int64_t score_activation, bool softmax, int64_t empty, int64_t pooling) {
+    STD_TORCH_CHECK(score_activation >= 0 && score_activation <= kScoreSigmoid, "score_activation: expected 0 or 1, got ", score_activation);
+    STD_TORCH_CHECK(!softmax || score_activation == kScoreNone, "score_activation: expected none with softmax, got ", score_activation);
+    STD_TORCH_CHECK(empty >= 0 && empty <= kNan, "empty: expected 0 to 2, got ", empty);
+    STD_TORCH_CHECK(pooling >= 0 && pooling <= kMeanValid, "pooling: expected 0 to 2, got ", pooling);
+    unit.score_activation = (int)score_activation;
+    unit.softmax = softmax;
+    unit.empty = (int)empty;
+    unit.pooling = (int)pooling;
+  }
+
+  static void expect(const char* name, const Tensor& t, std::vector<int64_t> sizes) {
+    bool same = t.dim() == (int64_t)sizes.size() && t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+    for (size_t i = 0; same && i < sizes.size(); i++) same = t.size(i) == sizes[i];
+    if (same) return;
+    std::string want, got;
+    for (int64_t s : sizes) want += std::to_string(s) + " ";
+    for (int64_t i = 0; i < t.dim(); i++) got += std::to_string(t.size(i)) + " ";
+    STD_TORCH_CHECK(false, name, ": expected the dtype of history and sizes ", want, "- got sizes ", got);
+  }
+
+  std::vector<int64_t> score_sizes() const { return ragged ? std::vector<int64_t>{rows} : std::vector<int64_t>{unit.users, unit.length}; }
+  int64_t rows = 0;  // ragged: rows of history
+};
+
+void not_built(const MaybeTensor& values, const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets, double dropout) {
+  STD_TORCH_CHECK(!values.has_value(), "values: separate values are not built yet; expected None");
+  STD_TORCH_CHECK(!candidate_matrix.has_value(), "candidate_matrix: a matrix per candidate is not built yet; expected None");
+  STD_TORCH_CHECK(!window_offsets.has_value(), "window_offsets: windows are not built yet; expected None");
+  STD_TORCH_CHECK(dropout == 0, "dropout: not built yet; expected 0, got ", dropout);
+}
+
+template <class F> auto by_dtype(const Tensor& history, const F& f) {
+  STD_TORCH_CHECK(history.is_cpu(), "history: expected a CPU tensor for the native backend");
+  const ScalarType dtype = history.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "history: expected float32 or float64");
+  try {
+    return dtype == ScalarType::Float ? f(float{}) : f(double{});
+  } catch (const OutOfMemory&) {
+    STD_TORCH_CHECK(false, "din_fast: out of memory for scratch");
+  }
+}
+
+// ---------------------------------------------------------------- the ops
+Tensors native_moments(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
+                       const MaybeTensor& mask, const Tensor& query, const Tensors& weights, const Tensors& affine, const Tensors& kept,
+                       const MaybeTensor& candidate_matrix, int64_t layer, bool keep, int64_t activation, double dice_eps, bool pads_are_input,
+                       double dropout, int64_t) {
+  not_built({}, candidate_matrix, {}, dropout);
+  return by_dtype(history, [&](auto zero) -> Tensors {
+    using T = decltype(zero);
+    Arguments<T> a;
+    a.segments(history, starts, lengths, candidate_offsets, mask, query, pads_are_input);
+    STD_TORCH_CHECK(pads_are_input || (!a.unit.mask && (a.ragged || !a.unit.lengths)),
+                    "pads_are_input: statistics over the valid positions only are not built yet; expected true");
+    a.parameters(weights, affine, activation, dice_eps, layer);
+    STD_TORCH_CHECK(layer >= 0 && layer < a.unit.layers, "layer: expected 0 to ", a.unit.layers - 1, ", got ", layer);
+    a.statistics({}, kept, nullptr);
+    const int64_t units = a.unit.layer[layer].units;
+    Tensor count = torch::stable::empty({}, ScalarType::Double), mean = new_tensor<T>({units}), m2 = new_tensor<T>({units});
+    Tensor panels = keep ? new_tensor<T>({a.panel_total * units}) : nothing<T>();
+    kernels<T>().moments(a.unit, (int)layer, {data<double>(count), data<T>(mean), data<T>(m2), keep ? data<T>(panels) : nullptr}, parallel);
+    return {count, mean, m2, panels};
+  });
+}
+
+template <class T> Tensors run_forward(Arguments<T>& a, const Tensor& history) {
+  if (a.ragged) a.rows = history.size(0);
+  Tensor pooled = new_tensor<T>({a.unit.users, a.unit.dim}), scores = new_tensor<T>(a.score_sizes());
+  if (a.ragged) torch::stable::zero_(scores);
+  kernels<T>().forward(a.unit, {data<T>(pooled), data<T>(scores)}, parallel);
+  return {pooled, scores};
+}
+
+Tensors native_forward(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
+                       const MaybeTensor& mask, const Tensor& query, const Tensors& weights, const Tensors& affine,
+                       const Tensors& response, const Tensors& kept, const MaybeTensor& values, const MaybeTensor& candidate_matrix,
+                       const MaybeTensor& window_offsets, int64_t activation, double dice_eps, bool pads_are_input, int64_t score_activation,
+                       bool softmax, int64_t empty, int64_t pooling, double dropout, int64_t) {
+  not_built(values, candidate_matrix, window_offsets, dropout);
+  return by_dtype(history, [&](auto zero) -> Tensors {
+    using T = decltype(zero);
+    Arguments<T> a;
+    a.segments(history, starts, lengths, candidate_offsets, mask, query, pads_are_input);
+    a.parameters(weights, affine, activation, dice_eps);
+    a.statistics(response, kept, nullptr);
+    a.score(score_activation, softmax, empty, pooling);
+    Tensors out = run_forward(a, history);
+    out.push_back(nothing<T>());
+    return out;
+  });
+}
+
+// One pass of the backward. Returns d_history, d_query, the gradients of `weights` in their order, the sums of each layer,
+// d_logit and local; what the pass does not give is empty.
+Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_scores, const Tensor& history, const MaybeTensor& starts,
+                             const MaybeTensor& lengths, const MaybeTensor& candidate_offsets, const MaybeTensor& mask, const Tensor& query,
+                             const Tensors& weights, const Tensors& affine, const Tensors& response, const Tensors& kept,
+                             const Tensor& scores, const Tensors& sums, const Tensors& local, const MaybeTensor& values,
+                             const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets, int64_t from, int64_t to, bool need_history,
+                             bool need_query, bool need_weights, int64_t activation, double dice_eps, bool pads_are_input,
+                             int64_t score_activation, bool softmax, int64_t empty, int64_t pooling, double dropout) {
+  not_built(values, candidate_matrix, window_offsets, dropout);
+  return by_dtype(history, [&](auto zero) -> Tensors {
+    using T = decltype(zero);
+    Arguments<T> a;
+    a.segments(history, starts, lengths, candidate_offsets, mask, query, pads_are_input);
+    a.parameters(weights, affine, activation, dice_eps);
+    a.statistics(response, kept, &sums);
+    a.score(score_activation, softmax, empty, pooling);
+    const Unit<T>& u = a.unit;
+    STD_TORCH_CHECK(to >= -1 && from < u.layers && to <= from, "from, to: expected -1 <= to <= from < ", u.layers, ", got ", from, " and ", to);
+    STD_TORCH_CHECK(local.empty() || local.size() == 2, "local: expected none or 2 tensors, got ", local.size());
+    BackwardPass<T> pass;
+    pass.first = local.empty();
+    pass.from = (int)from;
+    pass.to = (int)to;
+    STD_TORCH_CHECK(!pass.first || from == u.layers - 1, "from: expected the last layer in the first pass, got ", from);
+    if (grad_pooled.has_value()) {
+      STD_TORCH_CHECK(grad_pooled->size(0) == u.users && grad_pooled->size(1) == u.dim, "grad_pooled: expected (users, dim)");
+      pass.grad_pooled = data<T>(*grad_pooled);
+      pass.grad_pooled_stride[0] = grad_pooled->stride(0);
+      pass.grad_pooled_stride[1] = grad_pooled->stride(1);
+    }
+    if (grad_scores.has_value()) {
+      STD_TORCH_CHECK(!a.ragged, "grad_scores: not built for ragged histories; expected None");
+      STD_TORCH_CHECK(grad_scores->size(0) == u.users && grad_scores->size(1) == u.length, "grad_scores: expected (users, length)");
+      pass.grad_scores = data<T>(*grad_scores);
+      pass.grad_scores_stride[0] = grad_scores->stride(0);
+      pass.grad_scores_stride[1] = grad_scores->stride(1);
+    }
+    pass.scores = data<T>(scores);
+
+    Tensors out(2 + weights.size() + u.layers + 2, nothing<T>());
+    const size_t first_sum = 2 + weights.size(), logit = first_sum + u.layers;
+    auto give = [&](size_t i, std::vector<int64_t> sizes) {
+      out[i] = new_tensor<T>(sizes);
+      return data<T>(out[i]);
+    };
+    if (pass.first) {
+      pass.d_logit = give(logit, {a.panel_total});
+      if (need_weights) {
+        pass.d_score_weight = give(weights.size(), {u.layer[u.layers - 1].units});
+        pass.d_score_bias = give(weights.size() + 1, {1});
+      }
+    } else {
+      Arguments<T>::expect("local", local[0], {a.panel_total});
+      pass.d_logit = data<T>(local[0]);
+      if (from < u.layers - 1) {
+        Arguments<T>::expect("local", local[1], {a.panel_total * u.layer[from].units});
+        pass.local_in = data<T>(local[1]);
+      }
+    }
+    if (to >= 0 && to < u.layers - 1) pass.local_out = give(logit + 1, {a.panel_total * u.layer[to].units});
+    for (int i = (int)from; i >= 0 && i >= to; i--) {
+      const int64_t units = u.layer[i].units;
+      if (!u.layer[i].sums) pass.sums[i] = give(first_sum + i, {kSums, units});
+      if (i == to || !need_weights) continue;
+      if (i) pass.d_weight[i] = give(2 + 2 * i + 2, {units, u.layer[i - 1].units});
+      pass.d_bias[i] = give(2 + 2 * i + 3, {units});
+    }
+    if (to < 0) {
+      const int64_t units = u.layer[0].units;
+      if (need_weights) {
+        pass.d_a_q = give(2, {units, u.dim});
+        pass.d_a_k = give(3, {units, u.dim});
+        pass.d_a_p = give(4, {units, u.dim});
+      }
+      if (need_query) pass.d_query = give(1, {u.users, u.dim});
+      if (need_history) {
+        if (a.ragged)
+          pass.d_history = give(0, {history.size(0), u.dim});
+        else
+          pass.d_history = give(0, {u.users, u.length, u.dim});
+        if (a.ragged) torch::stable::zero_(out[0]);
+      }
+    }
+    kernels<T>().backward(u, pass, parallel);
+    return out;
+  });
+}
+
+// Down to layer `layer`, for the sums that its batch statistics need.
+Tensors native_backward_moments(const MaybeTensor& grad_pooled, const MaybeTensor& grad_scores, const Tensor& history, const MaybeTensor& starts,
+                             const MaybeTensor& lengths, const MaybeTensor& candidate_offsets, const MaybeTensor& mask, const Tensor& query,
+                             const Tensors& weights, const Tensors& affine, const Tensors& response, const Tensors& kept,
+                             const Tensor& scores, const Tensors& sums, const Tensors& local, const MaybeTensor& values,
+                             const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets, int64_t from, int64_t layer, bool need_weights,
+                             int64_t activation, double dice_eps, bool pads_are_input,
+                             int64_t score_activation, bool softmax, int64_t empty, int64_t pooling, double dropout, int64_t) {
+  STD_TORCH_CHECK(layer >= 0, "layer: expected 0 or more, got ", layer);
+  return backward_pass(grad_pooled, grad_scores, history, starts, lengths, candidate_offsets, mask, query, weights, affine, response, kept, scores, sums,
+                       local, values, candidate_matrix, window_offsets, from, layer, false, false, need_weights, activation, dice_eps, pads_are_input, score_activation,
+                       softmax, empty, pooling, dropout);
+}
+
+// Down to the inputs.
+Tensors native_backward(const MaybeTensor& grad_pooled, const MaybeTensor& grad_scores, const Tensor& history, const MaybeTensor& starts,
+                             const MaybeTensor& lengths, const MaybeTensor& candidate_offsets, const MaybeTensor& mask, const Tensor& query,
+                             const Tensors& weights, const Tensors& affine, const Tensors& response, const Tensors& kept,
+                             const Tensor& scores, const Tensors& sums, const Tensors& local, const MaybeTensor& values,
+                             const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets, int64_t from, bool need_history, bool need_query,
+                             bool need_weights, int64_t activation, double dice_eps, bool pads_are_input,
+                             int64_t score_activation, bool softmax, int64_t empty, int64_t pooling, double dropout, int64_t) {
+  return backward_pass(grad_pooled, grad_scores, history, starts, lengths, candidate_offsets, mask, query, weights, affine, response, kept, scores, sums,
+                       local, values, candidate_matrix, window_offsets, from, -1, need_history, need_query, need_weights, activation, dice_eps, pads_are_input, score_activation,
+                       softmax, empty, pooling, dropout);
+}
+
+// Evaluation without gradient, from the raw parameters: 11 tensors a hidden layer (weight, bias, then weight, bias, running
+// mean and variance of the norm and of the gate's norm, slope), then the score's weight (1, H) and bias.
+Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
+                     const MaybeTensor& mask, const Tensor& query, const MaybeTensors& parameters, const std::vector<int64_t>& blocks,
+                     const std::vector<double>& eps, int64_t activation, double dice_eps, int64_t score_activation, bool softmax, int64_t empty,
+                     int64_t pooling) {
+  constexpr int kFields = 11;
+  return by_dtype(history, [&](auto zero) -> Tensors {
+    using T = decltype(zero);
+    Arguments<T> a;
+    Unit<T>& u = a.unit;
+    a.segments(history, starts, lengths, candidate_offsets, mask, query, false);
+    a.score(score_activation, softmax, empty, pooling);
+    STD_TORCH_CHECK(parameters.size() % kFields == 2, "parameters: expected 11 a hidden layer and 2, got ", parameters.size());
+    STD_TORCH_CHECK(blocks.size() % 3 == 0 && !blocks.empty(), "blocks: expected 3 numbers a block, got ", blocks.size());
+    const int hidden = (int)parameters.size() / kFields;
+    STD_TORCH_CHECK(hidden <= kMaxLayers && eps.size() == 2 * (size_t)hidden, "eps: expected 2 a hidden layer, got ", eps.size());
+    STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: expected 0 to ", kActivations - 1, ", got ", activation);
+    a.held.reserve(parameters.size() + 1);
+    u.layers = hidden ? hidden : 1;
+    u.activation = hidden ? (int)activation : kIdentity;
+    u.dice_eps = (T)dice_eps;
+    const int64_t dim = u.dim, groups = (int64_t)blocks.size() / 3;
+
+    auto field = [&](int layer, int f, std::vector<int64_t> sizes) -> const T* {
+      const MaybeTensor& t = parameters[layer * kFields + f];
+      if (!t.has_value()) return nullptr;
+      Arguments<T>::expect("parameters", *t, std::move(sizes));
+      return a.hold(t);
+    };
+    int64_t total = 0;  // folded numbers of all layers
+    for (int i = 0; i < u.layers; i++) {
+      STD_TORCH_CHECK(parameters[i * kFields].has_value(), "parameters: expected a weight of layer ", i);
+      u.layer[i].units = parameters[i * kFields]->size(0);
+      total += u.layer[i].units * ((i ? u.layer[i - 1].units : 3 * dim) + 4);
+    }
+    std::vector<T> folded(total + 1, T(0));
+    T* next = folded.data();
+    auto take = [&](int64_t n) {
+      T* p = next;
+      next += n;
+      return p;
+    };
+    for (int i = 0; i < u.layers; i++) {
+      Layer<T>& layer = u.layer[i];
+      const int64_t units = layer.units, inputs = i ? u.layer[i - 1].units : groups * dim;
+      const T *weight = field(i, 0, {units, inputs}), *bias = field(i, 1, {units});
+      const T *norm[4] = {}, *gate[4] = {}, *slope = nullptr;
+      if (hidden) {
+        for (int f = 0; f < 4; f++) norm[f] = field(i, 2 + f, {units}), gate[f] = field(i, 6 + f, {units});
+        const MaybeTensor& s = parameters[i * kFields + 10];
+        STD_TORCH_CHECK(activation < kPrelu || s.has_value(), "parameters: expected a slope for this activation");
+        if (s.has_value()) {
+          slope = a.hold(s);
+          STD_TORCH_CHECK(s->numel() == 1 || s->numel() == units, "parameters: expected a slope of 1 or ", units, " elements");
+          if (s->numel() == 1) {
+            T* same = take(units);
+            for (int64_t h = 0; h < units; h++) same[h] = *slope;
+            slope = same;
+          }
+        }
+        STD_TORCH_CHECK(activation != kDiceBatch || (gate[2] && gate[3]), "parameters: expected running statistics of Dice");
+      }
+      layer.slope = slope;
+      // The norm goes into the weights: scale W, scale b + shift.
+      T* b = take(units);
+      T* w = take(units * (i ? inputs : 3 * dim));
+      layer.bias = b;
+      if (i) layer.weight = w;
+      else u.a_q = w, u.a_k = w + units * dim, u.a_p = w + 2 * units * dim;
+      const bool has_norm = norm[2] && norm[3];
+      for (int64_t h = 0; h < units; h++) {
+        const T scale = has_norm ? (norm[0] ? norm[0][h] : T(1)) / std::sqrt(norm[3][h] + (T)eps[2 * i]) : T(1);
+        b[h] = scale * (bias ? bias[h] : T(0)) + (has_norm ? (norm[1] ? norm[1][h] : T(0)) - scale * norm[2][h] : T(0));
+        if (i) {
+          for (int64_t j = 0; j < inputs; j++) w[h * inputs + j] = scale * weight[h * inputs + j];
+          continue;
+        }
+        for (int64_t g = 0; g < groups; g++)
+          for (int m = 0; m < 3; m++) {
+            const int64_t sign = blocks[3 * g + m];
+            if (!sign) continue;
+            const T *from = weight + h * inputs + g * dim, factor = scale * (T)sign;
+            T* to = w + (m * units + h) * dim;
+            for (int64_t d = 0; d < dim; d++) to[d] += factor * from[d];
+          }
+      }
+      if (gate[2] && gate[3]) {
+        T *scale = take(units), *shift = take(units);
+        for (int64_t h = 0; h < units; h++) {
+          scale[h] = (gate[0] ? gate[0][h] : T(1)) / std::sqrt(gate[3][h] + (T)eps[2 * i + 1]);
+          shift[h] = (gate[1] ? gate[1][h] : T(0)) - scale[h] * gate[2][h];
+        }
+        layer.gate_scale = scale;
+        layer.gate_shift = shift;
+      }
+    }
+    static const T one = 1;
+    u.score_weight = &one;
+    if (hidden) {
+      const MaybeTensor& w = parameters[parameters.size() - 2];
+      STD_TORCH_CHECK(w.has_value(), "parameters: expected the score's weight");
+      Arguments<T>::expect("parameters", *w, {1, u.layer[hidden - 1].units});
+      u.score_weight = a.hold(w);
+      if (const T* b = a.hold(parameters.back())) u.score_bias = *b;
+    }
+    return run_forward(a, history);
+  });
+}
+
+STABLE_TORCH_LIBRARY(din_fast, m) {
+  m.def("instruction_set() -> str");
+  m.def("instruction_sets() -> str");
+#define DIN_FAST_SEGMENTS "Tensor history, Tensor? starts, Tensor? lengths, Tensor? candidate_offsets, Tensor? mask, Tensor query"
+#define DIN_FAST_SCORE "int score_activation, bool softmax, int empty, int pooling"
+  m.def("native_moments(" DIN_FAST_SEGMENTS
+        ", Tensor[] weights, Tensor[] affine, Tensor[] kept, Tensor? candidate_matrix, int layer, bool keep, int activation, float dice_eps, "
+        "bool pads_are_input, float dropout, int seed) -> Tensor[]");
+  m.def("native_forward(" DIN_FAST_SEGMENTS
+        ", Tensor[] weights, Tensor[] affine, Tensor[] response, Tensor[] kept, Tensor? values, Tensor? candidate_matrix, "
+        "Tensor? window_offsets, int activation, float dice_eps, bool pads_are_input, " DIN_FAST_SCORE ", float dropout, int seed) -> Tensor[]");
+#define DIN_FAST_BACKWARD \
+  "Tensor? grad_pooled, Tensor? grad_scores, " DIN_FAST_SEGMENTS \
+  ", Tensor[] weights, Tensor[] affine, Tensor[] response, Tensor[] kept, Tensor scores, Tensor[] sums, Tensor[] local, Tensor? values, " \
+  "Tensor? candidate_matrix, Tensor? window_offsets, int from_layer, "
+#define DIN_FAST_BACKWARD_TAIL \
+  "bool need_weights, int activation, float dice_eps, bool pads_are_input, " DIN_FAST_SCORE ", float dropout, int seed) -> Tensor[]"
+  m.def("native_backward_moments(" DIN_FAST_BACKWARD "int layer, " DIN_FAST_BACKWARD_TAIL);
+  m.def("native_backward(" DIN_FAST_BACKWARD "bool need_history, bool need_query, " DIN_FAST_BACKWARD_TAIL);
+  m.def("native_infer(" DIN_FAST_SEGMENTS
+        ", Tensor?[] parameters, int[] blocks, float[] eps, int activation, float dice_eps, " DIN_FAST_SCORE ") -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(din_fast, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(din_fast, CPU, m) {
+  m.impl("native_moments", TORCH_BOX(&native_moments));
+  m.impl("native_forward", TORCH_BOX(&native_forward));
+  m.impl("native_backward_moments", TORCH_BOX(&native_backward_moments));
+  m.impl("native_backward", TORCH_BOX(&native_backward));
+  m.impl("native_infer", TORCH_BOX(&native_infer));
+}
+
+}  // namespace
+}  // namespace din_fast
