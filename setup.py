@@ -121,15 +121,21 @@ def run_compiler(arguments: list[str]) -> None:
         raise CannotBuild(f"the C++ compiler failed: {told[0]}")
 
 
+def headers_in(paths: list[str]) -> list[str]:
+    """The flags for folders of foreign headers.
+
+    Headers put their own place into error messages; mapped away, the result is the same wherever torch lies.
+    """
+    return [flag for path in paths for flag in ("-isystem", path, f"-ffile-prefix-map={path}=include")]
+
+
 def build_library(target: Path, objects: Path) -> None:
     """Compile the library's files side by side and link them, against torch but without Python."""
     try:
         from torch.utils import cpp_extension
     except (ImportError, OSError) as error:  # OSError: a library that torch itself needs
         raise CannotBuild(f"torch cannot be imported: {error}") from error
-    include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    # torch's headers put their own place into error messages; without it the file is the same wherever torch lies.
-    include += [f"-ffile-prefix-map={path}=torch" for path in cpp_extension.include_paths()[:1]]
+    include = headers_in(cpp_extension.include_paths())
     objects.mkdir(parents=True, exist_ok=True)
     compiled = {source: str(objects / f"{Path(source).stem}.o") for source in sources()}
 
@@ -152,7 +158,7 @@ def build_face(target: Path) -> None:
     except ImportError as error:
         raise CannotBuild(f"pybind11 is not installed where the build runs ({error})") from error
     paths = [pybind11.get_include(), sysconfig.get_path("include"), *cpp_extension.include_paths()]
-    include = [flag for path in paths for flag in ("-isystem", path)]
+    include = headers_in(paths)
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     told = f'-DDIN_FAST_FLAGS="{" ".join(FLAGS)}"'
     run_compiler([*FLAGS, told, *include, "-shared", *link, "csrc/face.cpp", "-o", str(target)])

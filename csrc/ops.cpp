@@ -372,7 +372,8 @@ Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_sc
     }
     pass.scores = data<T>(scores);
 
-    Tensors out(2 + weights.size() + u.layers + 2, nothing<T>());
+    Tensors out;
+    for (size_t i = 0; i < 2 + weights.size() + u.layers + 2; i++) out.push_back(nothing<T>());
     const size_t first_sum = 2 + weights.size(), logit = first_sum + u.layers;
     auto give = [&](size_t i, std::vector<int64_t> sizes) {
       out[i] = new_tensor<T>(sizes);

@@ -68,7 +68,10 @@ def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, cou
     units = layer.weight.shape[0]
     norm, gate = layer.norm, layer.gate_norm
     slope = None if layer.slope is None else layer.slope.reshape(-1).expand(units).contiguous()
-    scale = shift = gate_scale = gate_shift = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    gate_scale: Tensor | None = None
+    gate_shift: Tensor | None = None
     one = layer.weight.new_ones(units)
     if norm is not None:
         if batch_mode(norm):
@@ -119,16 +122,17 @@ def _response(
             by_scale = _times(gate.weight, gate.eps * inverse**3)
             gate_by_variance = gate_by_variance + by_scale * scale_by_variance
         else:
-            rest = _times(gate.weight, torch.rsqrt(gate.running_var + gate.eps))  # type: ignore[operator]
+            assert gate.running_var is not None
+            rest = _times(gate.weight, torch.rsqrt(gate.running_var + gate.eps))
             gate_by_variance = rest * scale_by_variance
     # Through `center`: d mean = -scale sum(dn) - gate_scale sum(dx), but for a frozen norm, whose shift moves with it.
-    by_mean = scale if norm is not None and batch_mode(norm) else zero
-    gate_by_mean = zero
-    if gate is not None:
-        frozen_gate_alone = not batch_mode(gate) and (norm is None or not batch_mode(norm))
-        gate_by_mean = zero if frozen_gate_alone else gate_scale
+    by_mean = gate_by_mean = zero
+    if scale is not None and batch_mode(norm):
+        by_mean = scale
+    if gate_scale is not None and (batch_mode(gate) or batch_mode(norm)):
+        gate_by_mean = gate_scale
     rows = [zero, by_mean, zero, gate_by_mean, -2 * scale_by_variance, zero, -2 * gate_by_variance, zero]
-    return torch.stack([r if r is not None else zero for r in rows]).view(2, 4, -1) / count
+    return torch.stack(rows).view(2, 4, -1) / count
 
 
 def _times(weight: Tensor | None, x: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ def activation_unit(
         spec: what the unit computes.
         mask: (B, L) bool, True = valid; a masked position has weight 0 and is left out of the softmax.
         lengths: (B,) int64 or int32, the first ``lengths[b]`` positions are valid. With a mask as well, both must hold.
-        backend: ``auto``, ``native``, ``triton`` or ``reference``. ``auto`` means ``DIN_FAST_BACKEND`` where that is set,
-            read at each call.
+        backend: ``auto``, ``native``, ``triton`` or ``reference``. ``auto`` means ``DIN_FAST_BACKEND`` where that is
+            set, read at each call.
 
     Returns:
         (B, D), the weighted sum (or mean, as ``spec.pooling`` says) of the history. An empty history gives zeros,
@@ -155,8 +155,9 @@ def _with_gradient(
         kept.append(panel)
         if mean is not None and variance is not None and count is not None and rows > 0:
             updates.append((layer, affine, variance, count))
+    response = [absent if a.response is None else a.response for a in affines]
     pooled, scores, _ = ops.call(
-        backend, "forward", *arguments, weights, _flat(affines, len(hidden), absent), [absent if a.response is None else a.response for a in affines], kept,
+        backend, "forward", *arguments, weights, _flat(affines, len(hidden), absent), response, kept,
         None, None, None, *activation, batch_statistics, *_score(spec), 0.0, 0,
     )  # fmt: skip
     for layer, affine, variance, count in updates:

@@ -19,7 +19,7 @@ _Lines = list[tuple[str, str]]
 
 
 def report() -> str:
-    """The whole report, as text of several lines. It reads the environment at each call; no value there makes it raise."""
+    """The whole report, several lines of text. It reads the environment at each call; no value there makes it raise."""
     sections: list[tuple[str, _Lines]] = [
         ("versions", _versions()),
         ("build of the C++ library", _build()),

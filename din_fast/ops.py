@@ -1,6 +1,6 @@
 """Registration with torch.library, and nothing else: fake kernels and autograd of the ops that a backend defines.
 
-A backend ``name`` has five ops, all on segments (see :mod:`din_fast.segments`) and folded parameters (:mod:`din_fast.fold`):
+A backend ``name`` has five ops, on segments (:mod:`din_fast.segments`) and folded parameters (:mod:`din_fast.fold`):
 
 ``{name}_moments``           mean and M2 of a hidden layer's z over all rows, and z itself in panels where it is kept
 ``{name}_forward``           pooled vectors and weights of the positions
@@ -23,7 +23,7 @@ values, candidate_matrix, window_offsets, dropout, seed: not built yet; anything
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ from din_fast.backends import native
 SUMS = 5  # rows of `sums`
 AFFINES = 6  # tensors a layer in `affine`
 PANEL_ROWS = 16  # kept rows of a user are rounded up to this, csrc/unit.h
+
+
+# Positions of the arguments of `forward`.
+_HISTORY, _QUERY, _WEIGHTS, _AFFINE, _RESPONSE, _KEPT = 0, 5, 6, 7, 8, 9
 
 
 def op(backend: str, name: str) -> Any:
@@ -64,27 +68,27 @@ def _units(weights: Sequence[Tensor]) -> list[int]:
     return [int(b.shape[0]) for b in weights[3:-2:2]]
 
 
-def _fake_moments(
-    history, starts, lengths, candidate_offsets, mask, query, weights, affine, kept, candidate_matrix, layer, keep, *rest
-):  # type: ignore[no-untyped-def]
+def _fake_moments(*arguments: Any) -> list[Tensor]:
+    history, starts, lengths, _, _, _, weights, _, _, _, layer, keep, *_ = arguments
     units = _units(weights)[layer]
     count = history.new_empty((), dtype=torch.float64)
     size = panel_rows(history, starts, lengths) * units if keep else 0
     return [count, history.new_empty(units), history.new_empty(units), history.new_empty(size)]
 
 
-def _fake_forward(history, starts, lengths, candidate_offsets, mask, query, *rest):  # type: ignore[no-untyped-def]
-    pooled = history.new_empty(query.shape)
-    return [pooled, history.new_empty(history.shape[:-1]), history.new_empty(0)]
+def _fake_forward(*arguments: Any) -> list[Tensor]:
+    history, query = arguments[_HISTORY], arguments[_QUERY]
+    return [history.new_empty(query.shape), history.new_empty(history.shape[:-1]), history.new_empty(0)]
 
 
-def _fake_infer(*arguments):  # type: ignore[no-untyped-def]
+def _fake_infer(*arguments: Any) -> list[Tensor]:
     return _fake_forward(*arguments)[:2]
 
 
 def _fake_backward_pass(
-    history, starts, lengths, query, weights, sums, local, from_layer, to, need_history, need_query, need_weights
-):  # type: ignore[no-untyped-def]
+    common: Sequence[Any], from_layer: int, to: int, need_history: bool, need_query: bool, need_weights: bool
+) -> list[Tensor]:
+    _, _, history, starts, lengths, _, _, query, weights, _, _, _, _, sums, local, *_ = common
     units = _units(weights)
     layers = len(units)
     empty = history.new_empty
@@ -116,26 +120,14 @@ def _fake_backward_pass(
     return out
 
 
-def _fake_backward_moments(
-    grad_pooled, grad_scores, history, starts, lengths, candidate_offsets, mask, query, weights, affine, response, kept,
-    scores, sums, local, values, candidate_matrix, window_offsets, from_layer, layer, need_weights, *rest,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    return _fake_backward_pass(
-        history, starts, lengths, query, weights, sums, local, from_layer, layer, False, False, need_weights
-    )
+def _fake_backward_moments(*arguments: Any) -> list[Tensor]:
+    from_layer, layer, need_weights = arguments[18:21]
+    return _fake_backward_pass(arguments[:18], from_layer, layer, False, False, need_weights)
 
 
-def _fake_backward(
-    grad_pooled, grad_scores, history, starts, lengths, candidate_offsets, mask, query, weights, affine, response, kept,
-    scores, sums, local, values, candidate_matrix, window_offsets, from_layer, need_history, need_query, need_weights, *rest,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    return _fake_backward_pass(
-        history, starts, lengths, query, weights, sums, local, from_layer, -1, need_history, need_query, need_weights
-    )
-
-
-# Positions of the arguments of `forward`.
-_HISTORY, _QUERY, _WEIGHTS, _AFFINE, _RESPONSE, _KEPT = 0, 5, 6, 7, 8, 9
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    from_layer, need_history, need_query, need_weights = arguments[18:22]
+    return _fake_backward_pass(arguments[:18], from_layer, -1, need_history, need_query, need_weights)
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
@@ -160,7 +152,11 @@ def _backward_of_forward(backend: str) -> Any:
         if grads[0] is None and grads[1] is None:
             return nothing
         result = _all_passes(
-            backend, (grads[0], grads[1], *segments, weights, affine, response, kept, scores), ctx.rest, needs, need_weights
+            backend,
+            (grads[0], grads[1], *segments, weights, affine, response, kept, scores),
+            ctx.rest,
+            needs,
+            need_weights,
         )
         d_history, d_query, d_weights, sums = result
         d_affine: list[Tensor | None] = []
@@ -227,7 +223,7 @@ def _no_gradient(what: str) -> Any:
 
 def register(backend: str) -> None:
     """Fake kernels and autograd for the ops that a backend has defined."""
-    names = {
+    names: dict[str, tuple[Callable[..., Any], str]] = {
         "moments": (_fake_moments, "the moments have no gradient of their own; forward's backward holds it"),
         "backward_moments": (_fake_backward_moments, "the gradient of a gradient is not implemented"),
         "backward": (_fake_backward, "the gradient of a gradient is not implemented"),
@@ -239,9 +235,7 @@ def register(backend: str) -> None:
     )
     for name, (fake, message) in names.items():
         torch.library.register_fake(f"din_fast::{backend}_{name}", fake)
-        torch.library.register_autograd(
-            f"din_fast::{backend}_{name}", _no_gradient(message), setup_context=_no_setup
-        )
+        torch.library.register_autograd(f"din_fast::{backend}_{name}", _no_gradient(message), setup_context=_no_setup)
 
 
 if native.why_not() is None:

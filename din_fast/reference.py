@@ -175,9 +175,7 @@ class MLP(nn.Module):
             gate = gates[i] if gates else None
             slope = None if gate is None else gate.weight if isinstance(gate, nn.PReLU) else gate.alpha
             layers.append(
-                HiddenLayer(
-                    linear.weight, linear.bias, norms[i] if norms else None, getattr(gate, "bn", None), slope
-                )
+                HiddenLayer(linear.weight, linear.bias, norms[i] if norms else None, getattr(gate, "bn", None), slope)
             )
         return UnitParameters(tuple(layers), last.weight, last.bias)
 
@@ -185,8 +183,8 @@ class MLP(nn.Module):
 class ActivationUnit(nn.Module):
     """The unit that a :class:`~din_fast.UnitSpec` describes, in plain PyTorch.
 
-    With the preset ``rechub`` it is torch-rechub's ``ActivationUnit``: the same argument order (history first), the same
-    state_dict keys and the same result.
+    With the preset ``rechub`` it is torch-rechub's ``ActivationUnit``: the same argument order (history first),
+    the same state_dict keys and the same result.
     """
 
     def __init__(self, emb_dim: int, spec: UnitSpec) -> None:

@@ -52,7 +52,9 @@ def prepare(
     if query.dim() != 2:
         raise ValueError(f"{query_name}: expected 2 dimensions (batch, dim), got shape {tuple(query.shape)}")
     if tuple(query.shape) != (batch, dim):
-        raise ValueError(f"{query_name}: expected shape {(batch, dim)} to go with the history, got {tuple(query.shape)}")
+        raise ValueError(
+            f"{query_name}: expected shape {(batch, dim)} to go with the history, got {tuple(query.shape)}"
+        )
     if dim < 1:
         raise ValueError(f"history: expected dim of at least 1, got shape {tuple(history.shape)}")
     if history.dtype not in FLOATS:
@@ -113,7 +115,8 @@ def check_parameters(parameters: UnitParameters, spec: UnitSpec, history: Tensor
         if layer.slope is not None:
             if layer.slope.numel() not in (1, units):
                 raise ValueError(
-                    f"parameters.hidden[{i}].slope: expected 1 or {units} elements, got shape {tuple(layer.slope.shape)}"
+                    f"parameters.hidden[{i}].slope: expected 1 or {units} elements, "
+                    f"got shape {tuple(layer.slope.shape)}"
                 )
             _parameter(f"parameters.hidden[{i}].slope", layer.slope, tuple(layer.slope.shape), history)
         if (layer.norm is not None) != spec.batch_norm:
@@ -131,7 +134,9 @@ def check_batch_statistics(history: Tensor) -> None:
     """A variance needs two rows: raise for one, before anything changes."""
     rows = history.shape[0] * history.shape[1]
     if rows == 1:
-        raise ValueError(f"history: expected more than 1 row for batch statistics in training, got {tuple(history.shape)}")
+        raise ValueError(
+            f"history: expected more than 1 row for batch statistics in training, got {tuple(history.shape)}"
+        )
 
 
 def _tensor(name: str, value: object) -> None:

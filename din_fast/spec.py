@@ -6,7 +6,7 @@ https://arxiv.org/abs/1706.06978): ``q`` is the candidate item's embedding, ``k`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ class UnitSpec:
         softmax: normalise the scores over the valid positions.
         empty: weights of a history without a valid position under softmax: ``zeros``, ``uniform`` (1/L on all L rows,
             as FuxiCTR and DeepCTR-Torch) or ``nan`` (as RecBole).
-        pooling: ``sum``, ``mean`` (over all L rows) or ``mean_valid`` (over the valid positions) of weight times history.
+        pooling: of weight times history: ``sum``, ``mean`` (over all L rows) or ``mean_valid`` (over the valid ones).
         dropout: None for no dropout modules; 0.0 adds ``nn.Dropout(0)`` after each activation, which only shifts the
             names in the state_dict (torch-rechub's). Positive values are not built yet.
 
@@ -94,7 +94,8 @@ class UnitSpec:
         return self.activation in ("prelu", "dice_row", "dice_batch")
 
 
-def _one_of(name: str, value: object, allowed: Sequence[str] | dict[str, tuple[int, int, int]]) -> None:
+def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
 

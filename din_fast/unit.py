@@ -11,7 +11,7 @@ from din_fast.spec import UnitSpec, preset
 
 
 class FusedActivationUnit(nn.Module):
-    """DIN's activation unit in one pass; by default exactly torch-rechub's ``ActivationUnit``, with its state_dict keys.
+    """DIN's activation unit in one pass; by default torch-rechub's ``ActivationUnit``, with its state_dict keys.
 
     Args:
         emb_dim: D, the size of an embedding.
@@ -58,7 +58,9 @@ class FusedActivationUnit(nn.Module):
         elif not isinstance(spec, UnitSpec):
             raise TypeError(f"spec: expected a UnitSpec, got {type(spec).__name__}")
         elif dims is not None or activation is not None or use_softmax is not None:
-            raise ValueError("spec: it already holds dims, activation and use_softmax; expected one or the other, got both")
+            raise ValueError(
+                "spec: it already holds dims, activation and use_softmax; expected one or the other, got both"
+            )
         self.emb_dim = emb_dim
         self.spec = spec
         self.backend = backend

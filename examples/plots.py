@@ -91,8 +91,12 @@ def _bars(axes: Axes, title: str, unit: str, values: dict[str, float]) -> None:
     bars = axes.bar(
         [TICKS[name] for name in names], [values[name] for name in names], color=[COLOURS[name] for name in names]
     )
-    axes.bar_label(bars, labels=[f"{values[name]:.3g}" for name in names], padding=2)
+    axes.bar_label(bars, labels=[_short(values[name]) for name in names], padding=2)
     axes.set_title(title, fontsize=10)
     axes.set_ylabel(unit)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

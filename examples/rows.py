@@ -20,8 +20,8 @@ LABELS = {RECHUB: "torch-rechub DIN", FUSED: "the same with din_fast", SUM: "sum
 class Settings:
     """What one run of the demo does.
 
-    A history of 50 and the attention's hidden layer [36] are torch-rechub's defaults, the last MLP [256, 128] is that of
-    its DIN example, the optimizer (Adam, learning rate 1e-3, weight decay 1e-5) that of its CTRTrainer.
+    A history of 50 and the attention's hidden layer [36] are torch-rechub's defaults; the last MLP [256, 128] is from
+    its DIN example; the optimizer (Adam, learning rate 1e-3, weight decay 1e-5) is that of its CTRTrainer.
     """
 
     epochs: int = 2
@@ -35,7 +35,7 @@ class Settings:
     mlp_dims: tuple[int, ...] = (256, 128)
     learning_rate: float = 1e-3
     weight_decay: float = 1e-5
-    timing_rounds: int = 21
+    timing_rounds: int = 11
 
 
 class SumPooling(nn.Module):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from din_fast import UnitSpec, preset, reference
-from tests.truth import SPECS, Case, Inputs, cases, check_parity, draw, fused_unit, randomise, step
+from tests.truth import SPECS, Case, cases, check_parity, draw, fused_unit, randomise, step
 
 CASES = cases()
 DTYPES = [torch.float32, torch.float64]
@@ -69,8 +71,7 @@ def test_no_positions_at_all(
 def test_every_history_empty(name: str, training: bool, backend: str) -> None:
     """Zeros, or under softmax the presets' uniform mean: by the rule, since those have gradients to their pads."""
     case = Case(SPECS[name], (4, 5, 6), training=training)
-    drawn = draw(case, 0, torch.float64)
-    inputs = Inputs(drawn.history, drawn.target, None, torch.zeros(4, dtype=torch.int64), drawn.upstream)
+    inputs = replace(draw(case, 0, torch.float64), lengths=torch.zeros(4, dtype=torch.int64))
     plain = reference.ActivationUnit(6, case.spec).double().train(training)
     randomise(plain, torch.Generator().manual_seed(0))
     fused = fused_unit(case.spec, 6, backend, like=plain)
@@ -84,8 +85,7 @@ def test_every_history_empty(name: str, training: bool, backend: str) -> None:
 def test_softmax_over_nothing_can_be_nan(backend: str) -> None:
     """RecBole's rule: NaN for the history without a valid position, nothing unusual for its neighbours."""
     spec = UnitSpec((5,), activation="relu", softmax=True, empty="nan")
-    case = Case(spec, (3, 6, 4), "lengths", training=False)
-    inputs = draw(case, 0, torch.float32)
+    inputs = replace(draw(Case(spec, (3, 6, 4)), 0, torch.float32), lengths=torch.tensor([6, 2, 0]))
     plain = reference.ActivationUnit(4, spec).eval()
     fused = fused_unit(spec, 4, backend, like=plain)
     out = fused(inputs.history, inputs.target, lengths=inputs.lengths)
@@ -105,7 +105,7 @@ def test_one_sample_and_one_position(name: str, shape: tuple[int, int, int], bac
 def test_scores_large_enough_to_overflow_exp(backend: str) -> None:
     """Softmax subtracts the maximum: scores of several hundreds are ordinary."""
     case = Case(preset("rechub", [8], "identity", softmax=True), (4, 20, 6), "mask", training=False, scale=30.0)
-    check_parity(case, backend)
+    check_parity(case, backend, torch.float64)
     unit = fused_unit(case.spec, 6, backend).eval()
     inputs = draw(case, 0, torch.float32)
     assert unit(100 * inputs.history, inputs.target, mask=inputs.mask).isfinite().all()

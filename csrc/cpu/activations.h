@@ -36,6 +36,11 @@ template <class T, int A, int M> struct HiddenUnit {
     if constexpr (A == kDiceBatch) return sigmoid_<T>(centered(z) * gate_scale + gate_shift);
     return sigmoid_<T>((normed(z) - mean) * inverse);
   }
+  // w times the activation
+  DIN_FAST_INLINE V weighted(T w, V z, V mean, V inverse) const {
+    if constexpr (A == kDiceRow || A == kDiceBatch) return normed(z) * (gate(z, mean, inverse) * (w * (T(1) - slope)) + w * slope);
+    return w * value(z, mean, inverse);
+  }
   DIN_FAST_INLINE V value(V z, V mean, V inverse) const {
     const V n = normed(z);
     if constexpr (A == kRelu) return n < V{} ? V{} : n;  // NaN stays NaN
@@ -97,7 +102,7 @@ DIN_FAST_INLINE void score_vectors(const Params<T>& p, int vectors, const T* z, 
   for (int h = 0; h < p.units; h++) {
     const HiddenUnit<T, A, M> unit(p, h);
 #pragma GCC unroll 4
-    for (int v = 0; v < N; v++) sum[v] += w[h] * unit.value(load(z + v * stride + h * W), mean[v], inverse[v]);
+    for (int v = 0; v < N; v++) sum[v] += unit.weighted(w[h], load(z + v * stride + h * W), mean[v], inverse[v]);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < N; v++) store(score + v * W, sum[v]);
@@ -114,24 +119,34 @@ static void score(const Params<T>& p, int vectors, const T* z, T* rows, const T*
 
 // What the backward of an activation reads and writes; null pointers are work that is not wanted.
 template <class T> struct ActivationBackward {
-  int vectors;
+  int vectors, n;        // n positions in them
   const T* z;
   const T* da;           // [v][h] gradient of the activation, or, for the last layer, [v] gradient of the score
   const T* score_weight; // last layer: da = score_weight[h] * d score
-  T* dz;                 // [v][h], without the answer of batch statistics
+  T* dz;                 // [v][h]
+  const T *e0, *e1;      // dz -= e0 + e1 (z - center): the answer of batch statistics, or null
+  T* dz_sum;             // [h][lane], added to
   T* a;                  // [v][h], the activation once more, for the next layer's weight gradient
   T* sums;               // [kSums][h][lane], added to
   T* d_score_weight;     // [h][lane], added to
-  T* scratch;            // row Dice: [2 + 2 h][vectors][lanes] at least
+  T* scratch;            // row Dice: [4 + h][vectors][lanes]
 };
+enum What { kTakeSums = 1, kWriteDz = 2 };
 
-template <class T, int A, int M, bool Last>
+template <class T> DIN_FAST_INLINE void add_to(T* p, Vec<T> v) { store(p, load(p) + v); }
+
+// The gradient through n and through the gate of one position: da is without the factor `scale` of the last layer.
+//   y = n f, f = slope + (1 - slope) p:    dn = da f,   dx = da n (1 - slope) p (1 - p),   d slope = da n (1 - p)
+// Row Dice's x depends on all n of the row: its dn is finished in a second sweep.
+template <class T, int A, int M, bool Last, int Does>
 static void activation_backward(const Params<T>& p, const ActivationBackward<T>& b) {
   constexpr int W = kLanes<T>;
-  constexpr bool kDice = A == kDiceRow || A == kDiceBatch;
+  constexpr bool kDice = A == kDiceRow || A == kDiceBatch, kSum = Does & kTakeSums, kWrite = Does & kWriteDz;
+  constexpr bool kSecondSweep = A == kDiceRow;
   const int H = p.units, vectors = b.vectors;
   const int64_t stride = (int64_t)H * W;
-  T *rows = b.scratch, *row_dx = rows + 2 * vectors * W;     // row Dice: row_dx [h][v], then sum dx and sum dx x [v]
+  const Vec<T> tail = first_lanes<T>(b.n - (vectors - 1) * W);
+  T *rows = b.scratch, *row_dx = rows + 2 * vectors * W;  // row Dice: row_dx [h][v], then sum dx and sum dx x [v]
   T *row_sum = row_dx + (int64_t)H * vectors * W, *row_dot = row_sum + vectors * W;
   if constexpr (A == kDiceRow) {
     row_statistics<T, A, M>(p, vectors, b.z, rows);
@@ -139,96 +154,109 @@ static void activation_backward(const Params<T>& p, const ActivationBackward<T>&
   }
   for (int h = 0; h < H; h++) {
     const HiddenUnit<T, A, M> unit(p, h);
-    const T weight = Last ? b.score_weight[h] : T(1);
-    const T gate_raw = A == kDiceBatch ? p.gate_raw[h] : T(0), open = T(1) - (kDice ? unit.slope : T(0));
-    Vec<T> s_norm_z = {}, s_norm = {}, s_gate_z = {}, s_gate = {}, s_slope = {}, s_weight = {};
+    const T scale = Last ? b.score_weight[h] : T(1), slope = kDice || A == kPrelu ? unit.slope : T(0), open = T(1) - slope;
+    const T to_dz = M == kFull ? scale * unit.norm_scale : scale, gate_to_dz = A == kDiceBatch ? scale * open * p.gate_raw[h] : T(0);
+    const T open_dz = open * to_dz, slope_dz = slope * to_dz;
+    const T e0 = b.e0 ? b.e0[h] : T(0), e1 = b.e0 ? b.e1[h] : T(0);
+    Vec<T> s_norm_z = {}, s_norm = {}, s_gate_z = {}, s_gate = {}, s_slope = {}, s_value = {}, s_dz = {};
     for (int v = 0; v < vectors; v++) {
       const int64_t at = v * stride + h * W;
-      const Vec<T> z = load(b.z + at), n = unit.normed(z), zc = unit.centered(z);
-      Vec<T> da = load(b.da + (Last ? v * W : at)), d_score = da;
-      if constexpr (Last) da *= weight;
-      Vec<T> value = n, dn = da, dx = {};
-      if constexpr (A == kRelu) {
-        value = n < Vec<T>{} ? Vec<T>{} : n;
-        dn = n > Vec<T>{} ? da : Vec<T>{};
-      } else if constexpr (A == kSigmoid) {
-        value = sigmoid_<T>(n * T(-kLog2e));
-        dn = da * value * (T(1) - value);
-      } else if constexpr (A == kPrelu) {
-        value = n > Vec<T>{} ? n : n * unit.slope;
-        dn = n > Vec<T>{} ? da : da * unit.slope;
-        s_slope += n > Vec<T>{} ? Vec<T>{} : da * n;
-      } else if constexpr (kDice) {
-        Vec<T> mean = {}, inverse = {};
-        if constexpr (A == kDiceRow) mean = load(rows + v * W), inverse = load(rows + (vectors + v) * W);
-        const Vec<T> gate = unit.gate(z, mean, inverse), shut = T(1) - gate, factor = gate * open + unit.slope;
-        const Vec<T> dan = da * n, dan_shut = dan * shut;
-        value = n * factor;
-        dn = da * factor;
-        dx = dan_shut * gate * open;
-        s_slope += dan_shut;
-        if constexpr (A == kDiceRow) {
-          const Vec<T> x = (n - mean) * inverse;  // times -log2 e
-          store(row_dx + ((int64_t)h * vectors + v) * W, dx);
-          store(row_sum + v * W, load(row_sum + v * W) + dx);
-          store(row_dot + v * W, load(row_dot + v * W) + dx * x);
-        }
-      }
-      if constexpr (Last) s_weight += d_score * value;
-      if (b.a) store(b.a + at, value);
-      if constexpr (A == kDiceRow) {
-        store(b.dz + at, dn);  // finished below
-      } else {
-        if constexpr (M == kFull) s_norm_z += dn * zc, s_norm += dn;
-        if constexpr (A == kDiceBatch) s_gate_z += dx * zc, s_gate += dx;
-        if (b.dz) {
-          Vec<T> dz = dn;
-          if constexpr (M == kFull) dz *= unit.norm_scale;
-          if constexpr (A == kDiceBatch) dz += dx * gate_raw;
-          store(b.dz + at, dz);
-        }
-      }
-    }
-    if (b.sums) {
-      T* s = b.sums + h * W;
-      if constexpr (A != kDiceRow && M == kFull) {
-        store(s, load(s) + s_norm_z);
-        store(s + stride, load(s + stride) + s_norm);
-      }
+      const Vec<T> z = load(b.z + at), n = unit.normed(z), zc = unit.centered(z), da = load(b.da + (Last ? v * W : at));
+      Vec<T> value = n, dn = da, dz = {};
       if constexpr (A == kDiceBatch) {
-        store(s + 2 * stride, load(s + 2 * stride) + s_gate_z);
-        store(s + 3 * stride, load(s + 3 * stride) + s_gate);
+        const Vec<T> gate = unit.gate(z, z, z), shut = T(1) - gate, t = da * n, d_slope = t * shut, dx = d_slope * gate;
+        if constexpr (kSum) {
+          s_slope += d_slope;
+          s_gate += dx;  // times 1 - slope, below
+          s_gate_z += dx * zc;
+          if constexpr (Last) s_value += t;  // sum da y = sum da n - (1 - slope) sum da n (1 - p)
+        }
+        if constexpr (M == kFull) {
+          dn = da * (gate * open + slope);
+          dz = dn * to_dz + dx * gate_to_dz;
+        } else {
+          dz = da * (gate * open_dz + slope_dz) + dx * gate_to_dz;
+        }
+        if constexpr (!Last) value = n * (gate * open + slope);
+      } else {
+        if constexpr (A == kRelu) {
+          value = n < Vec<T>{} ? Vec<T>{} : n;
+          dn = n > Vec<T>{} ? da : Vec<T>{};
+        } else if constexpr (A == kSigmoid) {
+          value = sigmoid_<T>(n * T(-kLog2e));
+          dn = da * value * (T(1) - value);
+        } else if constexpr (A == kPrelu) {
+          value = n > Vec<T>{} ? n : n * slope;
+          dn = n > Vec<T>{} ? da : da * slope;
+          s_slope += n > Vec<T>{} ? Vec<T>{} : da * n;
+        } else if constexpr (A == kDiceRow) {
+          const Vec<T> mean = load(rows + v * W), inverse = load(rows + (vectors + v) * W);
+          const Vec<T> gate = unit.gate(z, mean, inverse), factor = gate * open + slope, d_slope = da * n * (T(1) - gate);
+          const Vec<T> dx = d_slope * gate * (open * scale);
+          value = n * factor;
+          dn = da * factor;
+          s_slope += d_slope;
+          store(row_dx + ((int64_t)h * vectors + v) * W, dx);
+          add_to<T>(row_sum + v * W, dx);
+          add_to<T>(row_dot + v * W, dx * ((n - mean) * inverse));  // times -log2 e
+        }
+        if constexpr (Last && kSum) s_value += da * value;
+        dz = dn * (kSecondSweep ? scale : to_dz);
       }
-      if constexpr (A == kPrelu || kDice) store(s + 4 * stride, load(s + 4 * stride) + s_slope);
+      if constexpr (M == kFull && kSum && !kSecondSweep) s_norm_z += dn * zc, s_norm += dn;
+      if constexpr (!Last)
+        if (b.a) store(b.a + at, value);
+      if constexpr (kWrite || kSecondSweep) {
+        if constexpr (Last && !kSecondSweep) {
+          dz -= zc * e1 + e0;
+          if (v == vectors - 1) dz = where_one<T>(tail, dz);
+        }
+        s_dz += dz;
+        store(b.dz + at, dz);
+      }
     }
-    if constexpr (Last)
-      if (b.d_score_weight) store(b.d_score_weight + h * W, load(b.d_score_weight + h * W) + s_weight);
+    if constexpr (kSum) {
+      if (b.sums) {
+        T* s = b.sums + h * W;
+        if constexpr (M == kFull && !kSecondSweep) add_to<T>(s, s_norm_z * scale), add_to<T>(s + stride, s_norm * scale);
+        if constexpr (A == kDiceBatch) add_to<T>(s + 2 * stride, s_gate_z * (open * scale)), add_to<T>(s + 3 * stride, s_gate * (open * scale));
+        if constexpr (A == kPrelu || kDice) add_to<T>(s + 4 * stride, s_slope * scale);
+      }
+      if constexpr (Last)
+        if (b.d_score_weight) add_to<T>(b.d_score_weight + h * W, A == kDiceBatch ? s_value - s_slope * open : s_value);
+    }
+    if constexpr (kWrite && !kSecondSweep)
+      if (b.dz_sum) add_to<T>(b.dz_sum + h * W, s_dz);
   }
-  if constexpr (A == kDiceRow) {
+  if constexpr (kSecondSweep) {
     // x_h = (n_h - mean) / sqrt(sum (n - mean)^2 + H eps):  dn_h += inverse (dx_h - mean dx - x_h sum dx x)
     for (int h = 0; h < H; h++) {
       const HiddenUnit<T, A, M> unit(p, h);
-      Vec<T> s_norm_z = {}, s_norm = {};
+      const T e0 = b.e0 ? b.e0[h] : T(0), e1 = b.e0 ? b.e1[h] : T(0);
+      Vec<T> s_norm_z = {}, s_norm = {}, s_dz = {};
       for (int v = 0; v < vectors; v++) {
         const int64_t at = v * stride + h * W;
-        const Vec<T> z = load(b.z + at), inverse = load(rows + (vectors + v) * W) * T(-1 / kLog2e);
+        const Vec<T> z = load(b.z + at), zc = unit.centered(z), inverse = load(rows + (vectors + v) * W) * T(-1 / kLog2e);
         const Vec<T> x = (unit.normed(z) - load(rows + v * W)) * inverse;
         const Vec<T> dx = load(row_dx + ((int64_t)h * vectors + v) * W);
         Vec<T> dn = load(b.dz + at);
         dn += inverse * (dx - load(row_sum + v * W) * T(1.0 / H) - x * load(row_dot + v * W) * T(-1 / kLog2e));
         if constexpr (M == kFull) {
-          s_norm_z += dn * unit.centered(z);
+          s_norm_z += dn * zc;
           s_norm += dn;
           dn *= unit.norm_scale;
         }
+        if constexpr (Last) {
+          dn -= zc * e1 + e0;
+          if (v == vectors - 1) dn = where_one<T>(tail, dn);
+        }
+        s_dz += dn;
         store(b.dz + at, dn);
       }
-      if constexpr (M == kFull)
-        if (b.sums) {
-          T* s = b.sums + h * W;
-          store(s, load(s) + s_norm_z);
-          store(s + stride, load(s + stride) + s_norm);
-        }
+      if constexpr (M == kFull && kSum)
+        if (b.sums) add_to<T>(b.sums + h * W, s_norm_z), add_to<T>(b.sums + h * W + stride, s_norm);
+      if constexpr (kWrite)
+        if (b.dz_sum) add_to<T>(b.dz_sum + h * W, s_dz);
     }
   }
 }
@@ -238,10 +266,14 @@ template <class T> struct ActivationTable {
   void (*activate)(const Params<T>&, int, const T*, T*, T*);
   void (*score)(const Params<T>&, int, const T*, T*, const T*, T, T*);
   void (*backward)(const Params<T>&, const ActivationBackward<T>&);
-  void (*backward_last)(const Params<T>&, const ActivationBackward<T>&);
+  void (*backward_last[4])(const Params<T>&, const ActivationBackward<T>&);  // by What
 };
 template <class T, int A, int M> constexpr ActivationTable<T> activation_entry() {
-  return {activate<T, A, M>, score<T, A, M>, activation_backward<T, A, M, false>, activation_backward<T, A, M, true>};
+  return {activate<T, A, M>,
+          score<T, A, M>,
+          activation_backward<T, A, M, false, kTakeSums | kWriteDz>,
+          {nullptr, activation_backward<T, A, M, true, kTakeSums>, activation_backward<T, A, M, true, kWriteDz>,
+           activation_backward<T, A, M, true, kTakeSums | kWriteDz>}};
 }
 template <class T, int A> struct ActivationModes {
   static constexpr ActivationTable<T> table[kModes] = {

@@ -542,27 +542,22 @@ template <class T> void dot_rows(const T* rows, int64_t stride, int n, int colum
   }
 }
 
-// dz -= e0 + e1 (z - center), and zero in lanes beyond the positions
-template <class T> void subtract_answer(const Params<T>& p, const T* e0, const T* e1, int vectors, int n, const T* z, const T* dz, T* out) {
+// out = dz - e0 - e1 (z - center), zero in lanes beyond the positions; dz_sum[h] += its sum over the vectors
+template <class T>
+void subtract_answer(const Params<T>& p, const T* e0, const T* e1, int vectors, int n, const T* z, const T* dz, T* out, T* dz_sum) {
   constexpr int W = kLanes<T>;
   const int H = p.units;
   const Vec<T> tail = first_lanes<T>(n - (vectors - 1) * W);
-  for (int h = 0; h < H; h++)
+  for (int h = 0; h < H; h++) {
+    Vec<T> sum = {};
     for (int v = 0; v < vectors; v++) {
       const int64_t at = ((int64_t)v * H + h) * W;
       Vec<T> x = load(dz + at) - (e1[h] * (load(z + at) - p.center[h]) + e0[h]);
       if (v == vectors - 1) x = where_one<T>(tail, x);
+      sum += x;
       store(out + at, x);
     }
-}
-
-// panel[h] += sum over vectors of dz[v][h]
-template <class T> void add_vectors(const T* dz, int H, int vectors, T* panel) {
-  constexpr int W = kLanes<T>;
-  for (int h = 0; h < H; h++) {
-    Vec<T> s = {};
-    for (int v = 0; v < vectors; v++) s += load(dz + ((int64_t)v * H + h) * W);
-    store(panel + h * W, load(panel + h * W) + s);
+    if (dz_sum) add_to<T>(dz_sum + h * W, sum);
   }
 }
 
@@ -752,16 +747,19 @@ template <class T> struct Backward {
     }
   }
 
+  // where the sum of a layer's dz goes: its bias's gradient, or the candidate's d c
+  T* dz_sum(State& st, int layer) const { return layer ? st.waiting.bias[layer] : to_inputs ? st.d_c : nullptr; }
+
   // dz of layer `layer`, complete, is in st.dz: give its weight's gradient and go one layer down
   void step_down(State& st, int layer) const {
     Work<T>& work = st.work;
     const int H = call.H[layer], below = layer - 1, Hb = call.H[below];
-    if (st.waiting.bias[layer]) add_vectors(st.dz, H, work.vectors, st.waiting.bias[layer]);
     const T* z = work.z_panel(below);
     product<T>(work.vectors, Hb, H, u.layer[layer].weight, Hb, st.dz, (int64_t)H * W, st.da, (int64_t)Hb * W, st.zero);
-    T* dz_below = pass.to == below ? pass.local_out + work.panel_at(below) : st.da;
-    call.act[below]->backward(call.params[below], {work.vectors, z, st.da, nullptr, dz_below, pass.d_weight[layer] ? work.a[below] : nullptr,
-                                                   st.waiting.sums[below], nullptr, work.row_space});
+    const bool ends = pass.to == below;
+    call.act[below]->backward(call.params[below], {work.vectors, work.n, z, st.da, nullptr, ends ? pass.local_out + work.panel_at(below) : st.da,
+                                                   nullptr, nullptr, ends ? nullptr : dz_sum(st, below),
+                                                   pass.d_weight[layer] ? work.a[below] : nullptr, st.waiting.sums[below], nullptr, work.row_space});
     if (pass.d_weight[layer]) {
       Work<T>::panel_to_rows(work.a[below], Hb, work.vectors, call.Hp[below], st.a_rows);
       outer<T>(H, call.Hp[below], work.n, st.dz, (int64_t)H * W, st.a_rows, call.Hp[below], current->d_weight[layer], call.Hp[below]);
@@ -775,20 +773,19 @@ template <class T> struct Backward {
   void block(State& st) const {
     Work<T>& work = st.work;
     const int top = pass.from;
-    const Layer<T>& layer = u.layer[top];
     const T* z = work.z_panel(top);
     if (top == call.last) {
-      const bool sums_only = pass.to == top && u.activation != kDiceRow;
-      call.act[top]->backward_last(call.params[top], {work.vectors, z, pass.d_logit + work.seg.first_panel_row + work.block * W, u.score_weight,
-                                                      sums_only ? nullptr : st.dz, nullptr, st.waiting.sums[top], st.waiting.score_weight, work.row_space});
-      if (pass.to == top) return;
-      if (layer.response) subtract_answer(call.params[top], call.e0[top], call.e1[top], work.vectors, work.n, z, st.dz, st.dz);
+      const bool ends = pass.to == top;
+      const int what = (st.waiting.sums[top] || st.waiting.score_weight ? kTakeSums : 0) | (ends ? 0 : kWriteDz);
+      const T* d_logit = pass.d_logit + work.seg.first_panel_row + work.block * W;
+      call.act[top]->backward_last[what](call.params[top], {work.vectors, work.n, z, d_logit, u.score_weight, st.dz, call.e0[top], call.e1[top],
+                                                            dz_sum(st, top), nullptr, st.waiting.sums[top], st.waiting.score_weight, work.row_space});
+      if (ends) return;
     } else {
-      subtract_answer(call.params[top], call.e0[top], call.e1[top], work.vectors, work.n, z, pass.local_in + work.panel_at(top), st.dz);
+      subtract_answer(call.params[top], call.e0[top], call.e1[top], work.vectors, work.n, z, pass.local_in + work.panel_at(top), st.dz, dz_sum(st, top));
     }
     for (int i = top; i > 0 && i > pass.to; i--) step_down(st, i);
     if (!to_inputs) return;
-    add_vectors(st.dz, call.H[0], work.vectors, st.d_c);
     if (weights) {
       work.need_rows();
       outer<T>(call.H[0], call.Dp, work.n, st.dz, (int64_t)call.H[0] * W, work.rows, work.row_stride, st.d_m, call.Dp);
