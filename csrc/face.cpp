@@ -1,5 +1,5 @@
-// The Python face of the library: how it was compiled and what this processor has. Facts only, never tensors;
-// the package works without it. No dates and no paths, so that one source gives one file.
+// The Python face of the library: how it was compiled. Facts only, never tensors; the package works without it.
+// No dates and no paths, so that one source gives one file.
 #include <pybind11/pybind11.h>
 
 #include <torch/headeronly/version.h>
@@ -28,25 +28,9 @@ py::dict build() {
   return facts;
 }
 
-// The extensions that the kernels' builds need; empty on another architecture than x86.
-py::dict processor() {
-  py::dict has;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  has["avx2"] = __builtin_cpu_supports("avx2") != 0;
-  has["fma"] = __builtin_cpu_supports("fma") != 0;
-  has["avx512f"] = __builtin_cpu_supports("avx512f") != 0;
-  has["avx512bw"] = __builtin_cpu_supports("avx512bw") != 0;
-  has["avx512dq"] = __builtin_cpu_supports("avx512dq") != 0;
-  has["avx512vl"] = __builtin_cpu_supports("avx512vl") != 0;
-#endif
-  return has;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_face, m) {
-  m.doc() = "How the kernel library was compiled, and what this processor has.";
+  m.doc() = "How the kernel library was compiled.";
   m.def("build", &build, "Facts about the build: compiler, flags, torch_headers, torch_target_version, cuda.");
-  m.def("processor", &processor, "Which x86 extensions this processor has; empty elsewhere.");
 }

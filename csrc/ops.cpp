@@ -11,6 +11,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -83,18 +85,61 @@ template <class T> const T* data(const MaybeTensor& t) {
 }
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-template <class T> Tensor new_tensor(std::vector<int64_t> sizes) {
-  Tensor t = torch::stable::empty(sizes, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
-  // Large results come as fresh pages: ask for big ones before they are touched.
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * sizeof(T)) / kHuge * kHuge;
+template <class T> constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+template <class T> Tensor new_tensor(std::vector<int64_t> sizes) { return torch::stable::empty(sizes, kType<T>); }
+
+// Memory of what lives from forward to backward. It is large and comes back every step; from malloc it would come as
+// fresh pages each time, which costs more than the work on them. Blocks are kept for the next step up to a limit.
+class Pool {
+ public:
+  static Pool& get() {
+    static Pool* pool = new Pool;  // never destroyed: tensors may outlive it at exit
+    return *pool;
+  }
+  void* take(size_t& bytes) {
+    bytes = (bytes + kPage - 1) / kPage * kPage;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto it = free_.lower_bound(bytes);
+      if (it != free_.end() && it->first <= 2 * bytes) {
+        void* p = it->second;
+        bytes = it->first;
+        held_ -= bytes;
+        free_.erase(it);
+        return p;
+      }
+    }
+    void* p = std::aligned_alloc(kPage, bytes);
+    STD_TORCH_CHECK(p, "din_fast: out of memory for ", bytes, " bytes");
 #ifdef MADV_HUGEPAGE
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    madvise(p, bytes, MADV_HUGEPAGE);
 #endif
-  return t;
+    return p;
+  }
+  void give_back(void* p, size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (held_ + bytes > kLimit) return std::free(p);
+    held_ += bytes;
+    free_.emplace(bytes, p);
+  }
+
+ private:
+  static constexpr size_t kPage = 2 << 20, kLimit = 256 << 20;
+  std::mutex mutex_;
+  std::multimap<size_t, void*> free_;
+  size_t held_ = 0;
+};
+
+// A flat tensor of n numbers that lives until the backward is done.
+template <class T> Tensor kept_tensor(int64_t n) {
+  size_t bytes = n * sizeof(T);
+  if (bytes < (1 << 20)) return new_tensor<T>({n});
+  void* p = Pool::get().take(bytes);
+  return torch::stable::from_blob(p, {n}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), kType<T>,
+                                  [p, bytes](void*) { Pool::get().give_back(p, bytes); });
 }
-template <class T> Tensor nothing() { return torch::stable::empty({0}, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double); }
+template <class T> Tensor nothing() { return new_tensor<T>({0}); }
 
 // ---------------------------------------------------------------- arguments -> Unit
 // The segments of a call. Tensors that had to be copied are held here as long as the Unit points into them.
@@ -251,7 +296,7 @@ template <class T> struct Arguments {
   }
 
   static void expect(const char* name, const Tensor& t, std::vector<int64_t> sizes) {
-    bool same = t.dim() == (int64_t)sizes.size() && t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+    bool same = t.dim() == (int64_t)sizes.size() && t.scalar_type() == kType<T>;
     for (size_t i = 0; same && i < sizes.size(); i++) same = t.size(i) == sizes[i];
     if (same) return;
     std::string want, got;
@@ -299,7 +344,7 @@ Tensors native_moments(const Tensor& history, const MaybeTensor& starts, const M
     a.statistics({}, kept, nullptr);
     const int64_t units = a.unit.layer[layer].units;
     Tensor count = torch::stable::empty({}, ScalarType::Double), mean = new_tensor<T>({units}), m2 = new_tensor<T>({units});
-    Tensor panels = keep ? new_tensor<T>({a.panel_total * units}) : nothing<T>();
+    Tensor panels = keep ? kept_tensor<T>(a.panel_total * units) : nothing<T>();
     kernels<T>().moments(a.unit, (int)layer, {data<double>(count), data<T>(mean), data<T>(m2), keep ? data<T>(panels) : nullptr}, parallel);
     return {count, mean, m2, panels};
   });
@@ -379,8 +424,12 @@ Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_sc
       out[i] = new_tensor<T>(sizes);
       return data<T>(out[i]);
     };
+    auto keep = [&](size_t i, int64_t n) {
+      out[i] = kept_tensor<T>(n);
+      return data<T>(out[i]);
+    };
     if (pass.first) {
-      pass.d_logit = give(logit, {a.panel_total});
+      pass.d_logit = keep(logit, a.panel_total);
       if (need_weights) {
         pass.d_score_weight = give(weights.size(), {u.layer[u.layers - 1].units});
         pass.d_score_bias = give(weights.size() + 1, {1});
@@ -393,7 +442,7 @@ Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_sc
         pass.local_in = data<T>(local[1]);
       }
     }
-    if (to >= 0 && to < u.layers - 1) pass.local_out = give(logit + 1, {a.panel_total * u.layer[to].units});
+    if (to >= 0 && to < u.layers - 1) pass.local_out = keep(logit + 1, a.panel_total * u.layer[to].units);
     for (int i = (int)from; i >= 0 && i >= to; i--) {
       const int64_t units = u.layer[i].units;
       if (!u.layer[i].sums) pass.sums[i] = give(first_sum + i, {kSums, units});

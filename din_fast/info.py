@@ -80,16 +80,14 @@ def _build() -> _Lines:
 
 
 def _instruction_set() -> _Lines:
+    reason = native.why_not()
+    if reason is not None:
+        return [("in use", f"none: {reason}")]
     try:
-        lines = [("in use", native.instruction_set())]
-    except RuntimeError as error:  # nothing is loaded, or DIN_FAST_CPU asks for what cannot run
-        lines = [("in use", f"none: {str(error).splitlines()[0]}")]
-    extensions: dict[str, bool] | None = native.facts().get("processor")
-    if extensions is None:
-        return [*lines, ("the processor has", "unknown: no din_fast._face")]
-    has = ", ".join(name for name, there in extensions.items() if there)
-    lacks = ", ".join(name for name, there in extensions.items() if not there)
-    return [*lines, ("the processor has", has or "none of x86's"), ("the processor lacks", lacks or "nothing")]
+        used = native.instruction_set()
+    except RuntimeError as error:  # DIN_FAST_CPU asks for what cannot run
+        used = f"none: {str(error).splitlines()[0]}"
+    return [("in use", used), ("the processor has", ", ".join(native.instruction_sets()))]
 
 
 def _backends() -> Iterable[tuple[str, str]]:

@@ -36,10 +36,6 @@ AFFINES = 6  # tensors a layer in `affine`
 PANEL_ROWS = 16  # kept rows of a user are rounded up to this, csrc/unit.h
 
 
-# Positions of the arguments of `forward`.
-_HISTORY, _QUERY, _WEIGHTS, _AFFINE, _RESPONSE, _KEPT = 0, 5, 6, 7, 8, 9
-
-
 def op(backend: str, name: str) -> Any:
     """The op ``{backend}_{name}``, ready to call."""
     return getattr(torch.ops.din_fast, f"{backend}_{name}").default
@@ -77,7 +73,7 @@ def _fake_moments(*arguments: Any) -> list[Tensor]:
 
 
 def _fake_forward(*arguments: Any) -> list[Tensor]:
-    history, query = arguments[_HISTORY], arguments[_QUERY]
+    history, query = arguments[0], arguments[5]
     return [history.new_empty(query.shape), history.new_empty(history.shape[:-1]), history.new_empty(0)]
 
 
@@ -130,55 +126,75 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
     return _fake_backward_pass(arguments[:18], from_layer, -1, need_history, need_query, need_weights)
 
 
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    segments, lists, ctx.rest = inputs[:6], inputs[6:10], inputs[10:]
-    ctx.counts = [len(x) for x in lists]
-    ctx.save_for_backward(*segments, *(t for x in lists for t in x), output[1])
-    ctx.set_materialize_grads(False)
+def _forward_with_autograd(backend: str) -> Callable[..., list[Tensor]]:
+    """The Autograd kernel of ``forward``.
+
+    ``torch.library.register_autograd`` would do, but flattening lists of tensors through pytree costs it more than a
+    small batch takes: here the lists are flattened by hand.
+    """
+    forward = op(backend, "forward")
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, counts: list[int], rest: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+            lists = _split(tensors[6:], counts)
+            with torch._C._AutoDispatchBelowAutograd():
+                pooled, scores, kept = forward(*tensors[:6], *lists, *rest)
+            ctx.counts, ctx.rest = counts, rest
+            ctx.save_for_backward(*tensors, scores)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(kept)
+            return pooled, scores, kept
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            *tensors, scores = ctx.saved_tensors
+            out: list[Any] = [None] * (2 + len(tensors))
+            if grads[0] is None and grads[1] is None:
+                return tuple(out)
+            weights, affine, response, kept = _split(tensors[6:], ctx.counts)
+            needs = ctx.needs_input_grad[2:]
+            first_weight = 6
+            first_affine = first_weight + len(weights)
+            need_weights = any(needs[first_weight : first_affine + len(affine)])
+            need_history, need_query = needs[0], needs[5]
+            arguments = (grads[0], grads[1], *tensors[:6], weights, affine, response, kept, scores)
+            d_history, d_query, d_weights, sums = _all_passes(
+                backend, arguments, ctx.rest, need_history, need_query, need_weights
+            )
+            out[2] = d_history if need_history else None
+            out[7] = d_query if need_query else None
+            if need_weights:
+                out[2 + first_weight : 2 + first_affine] = d_weights
+                for i in range(len(response)):
+                    # The center is a constant, the others have their sum.
+                    for j, row in enumerate(sums[i].unbind(), start=AFFINES * i + 1):
+                        out[2 + first_affine + j] = row if affine[j].numel() else None
+            return tuple(out)
+
+    def kernel(*arguments: Any) -> list[Tensor]:
+        segments, lists, rest = arguments[:6], arguments[6:10], arguments[10:]
+        return list(Forward.apply([len(x) for x in lists], rest, *segments, *(t for x in lists for t in x)))
+
+    return kernel
 
 
-def _backward_of_forward(backend: str) -> Any:
-    def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        saved = list(ctx.saved_tensors)
-        segments, tensors, scores = saved[:6], saved[6:-1], saved[-1]
-        lists = []
-        for count in ctx.counts:
-            lists.append(tensors[:count])
-            tensors = tensors[count:]
-        weights, affine, response, kept = lists
-        needs = ctx.needs_input_grad
-        need_weights = any(needs[_WEIGHTS]) or any(needs[_AFFINE])
-        nothing = (None,) * (10 + len(ctx.rest))
-        if grads[0] is None and grads[1] is None:
-            return nothing
-        result = _all_passes(
-            backend,
-            (grads[0], grads[1], *segments, weights, affine, response, kept, scores),
-            ctx.rest,
-            needs,
-            need_weights,
-        )
-        d_history, d_query, d_weights, sums = result
-        d_affine: list[Tensor | None] = []
-        for i in range(len(response)):
-            rows = [None, *sums[i].unbind()]  # the center is a constant, the others have their sum
-            given = affine[AFFINES * i : AFFINES * (i + 1)]
-            d_affine += [row if t.numel() else None for row, t in zip(rows, given, strict=True)]
-        out: list[Any] = list(nothing)
-        out[_HISTORY] = d_history if needs[_HISTORY] else None
-        out[_QUERY] = d_query if needs[_QUERY] else None
-        out[_WEIGHTS] = d_weights if need_weights else [None] * len(weights)
-        out[_AFFINE] = d_affine if need_weights else [None] * len(affine)
-        out[_RESPONSE] = [None] * len(response)
-        out[_KEPT] = [None] * len(kept)
-        return tuple(out)
-
-    return backward
+def _split(tensors: Sequence[Any], counts: list[int]) -> list[list[Any]]:
+    lists, start = [], 0
+    for count in counts:
+        lists.append(list(tensors[start : start + count]))
+        start += count
+    return lists
 
 
 def _all_passes(
-    backend: str, arguments: tuple[Any, ...], rest: tuple[Any, ...], needs: Any, need_weights: bool
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    backend: str,
+    arguments: tuple[Any, ...],
+    rest: tuple[Any, ...],
+    need_history: bool,
+    need_query: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, list[Tensor | None], list[Tensor]]:
     """The passes of the backward: one for each layer with batch statistics, from the last, and one to the inputs."""
     weights, response = arguments[8], arguments[10]
     layers = len(response)
@@ -204,10 +220,10 @@ def _all_passes(
         local = [out[-2] if not local else local[0], out[-1]]
         top = layer
     out = op(backend, "backward")(
-        *arguments, sums, local, *reserved, top, bool(needs[_HISTORY]), bool(needs[_QUERY]), need_weights, *numbers
+        *arguments, sums, local, *reserved, top, need_history, need_query, need_weights, *numbers
     )
     take(out)
-    return out[0], out[1], d_weights, sums  # type: ignore[return-value]
+    return out[0], out[1], d_weights, sums
 
 
 def _no_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -230,9 +246,7 @@ def register(backend: str) -> None:
         "infer": (_fake_infer, "infer is for calls without gradient; use forward"),
     }
     torch.library.register_fake(f"din_fast::{backend}_forward", _fake_forward)
-    torch.library.register_autograd(
-        f"din_fast::{backend}_forward", _backward_of_forward(backend), setup_context=_setup_forward
-    )
+    torch.library.impl(f"din_fast::{backend}_forward", "Autograd")(_forward_with_autograd(backend))
     for name, (fake, message) in names.items():
         torch.library.register_fake(f"din_fast::{backend}_{name}", fake)
         torch.library.register_autograd(f"din_fast::{backend}_{name}", _no_gradient(message), setup_context=_no_setup)

@@ -13,7 +13,6 @@ import torch
 
 import din_fast  # noqa: F401  (loads the library that torch.ops.din_fast names)
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processor: one thread each, but where a test asks for more
     torch.set_num_threads(1)
 

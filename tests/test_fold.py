@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from din_fast import HiddenLayer, fold, reference
 from din_fast.spec import BLOCKS
+from tests.truth import assert_near
 
 ORDERS = [
     ("q", "k", "q-k", "q*k"),  # torch-rechub, DeepCTR-Torch, FuxiCTR
@@ -98,8 +99,11 @@ def test_affine_maps_and_their_response_are_those_of_autograd(norm_kind: str, ga
     count = torch.tensor(float(ROWS), dtype=torch.float64) if batch else None
     maps = fold.affine(HiddenLayer(torch.zeros(H, 1, dtype=torch.float64), None, norm, gate), mean, variance, count)
     away = fixed if maps.center is None else fixed - maps.center
-    n_found = fixed if maps.norm_scale is None else maps.norm_scale * away + maps.norm_shift
-    x_found = None if maps.gate_scale is None else maps.gate_scale * away + maps.gate_shift
+    n_found, x_found = fixed, None
+    if maps.norm_scale is not None and maps.norm_shift is not None:
+        n_found = maps.norm_scale * away + maps.norm_shift
+    if maps.gate_scale is not None and maps.gate_shift is not None:
+        x_found = maps.gate_scale * away + maps.gate_shift
     torch.testing.assert_close(n_found, n, rtol=0, atol=1e-12)
     assert (x_found is None) == (x is None)
     if x is not None and x_found is not None:
@@ -151,7 +155,7 @@ def test_running_statistics_move_as_torch_moves_them(momentum: float | None, tra
         count = torch.tensor(float(ROWS), dtype=torch.float64)
         fold.update_running_statistics(norm, z.mean(0), z.var(0, unbiased=False), count)
     for name, right in twin.named_buffers():
-        torch.testing.assert_close(norm.get_buffer(name), right, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        assert_near(name, norm.get_buffer(name), right, 1e-12)
 
 
 def test_running_statistics_stay_when_there_was_nothing_to_count() -> None:

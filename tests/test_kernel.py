@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from din_fast import UnitSpec, preset, reference
-from tests.truth import SPECS, Case, cases, check_parity, draw, fused_unit, randomise, step
+from tests.truth import SPECS, Case, assert_near, cases, check_parity, draw, fused_unit, randomise, step
 
 CASES = cases()
 DTYPES = [torch.float32, torch.float64]
@@ -77,7 +77,7 @@ def test_every_history_empty(name: str, training: bool, backend: str) -> None:
     fused = fused_unit(case.spec, 6, backend, like=plain)
     found = step(fused, inputs)
     for key, right in step(plain, inputs).items():
-        torch.testing.assert_close(found[key], right, rtol=0, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+        assert_near(key, found[key], right, 1e-12)
     if case.spec.empty == "zeros":
         assert not found["output"].any() and not found["grad history"].any()
 

@@ -42,14 +42,9 @@ def growth(backend: str, framework: str) -> float:
 
 
 @pytest.mark.parametrize("framework", ["rechub", "fuxictr"])
-def test_a_training_step_needs_less_than_half_the_memory(framework: str, backend: str) -> None:
-    """No (positions x 4 D) tensor, which alone holds 50 MB here."""
+def test_a_training_step_keeps_z_of_the_normalised_layers_and_nothing_of_4_d(framework: str, backend: str) -> None:
+    """Less than half of what plain PyTorch needs, and little beyond z, the gradient of the history and scratch."""
+    positions, kept, gradient = 512 * 100, 80 + 40, 64
     plain, fused = growth("reference", framework), growth(backend, framework)
     assert fused < plain / 2, f"{fused:.0f} MB against {plain:.0f} MB"
-
-
-@pytest.mark.parametrize("framework", ["rechub", "fuxictr"])
-def test_what_is_kept_is_z_of_the_normalised_layers_and_the_gradients(framework: str, backend: str) -> None:
-    positions, kept, gradient = 512 * 100, 80 + 40, 64
-    megabytes = positions * (kept + gradient) * 4 / 2**20
-    assert growth(backend, framework) < 1.5 * megabytes + 8
+    assert fused < 1.5 * positions * (kept + gradient) * 4 / 2**20 + 8, f"{fused:.0f} MB"

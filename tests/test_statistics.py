@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from din_fast import preset, reference
-from tests.truth import Case, call, check_parity, draw, fused_unit, randomise
+from tests.truth import Case, assert_near, call, check_parity, draw, fused_unit, randomise
 
 BOTH = preset("fuxictr", [16, 9], batch_norm=True)  # a BatchNorm in front of the activation and one inside Dice
 NORMED = {"rechub": preset("rechub", [17, 5]), "deepctr": preset("deepctr", [16, 8]), "both": BOTH}
@@ -115,7 +115,7 @@ def test_buffers_over_several_steps_and_evaluation_after_them(
     expected = dict(plain.named_buffers())
     assert dict(fused.named_buffers()).keys() == expected.keys()
     for key, right in expected.items():
-        torch.testing.assert_close(fused.get_buffer(key), right, rtol=0, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}")
+        assert_near(key, fused.get_buffer(key), right, 1e-11)
     plain.eval()
     fused.eval()
     torch.testing.assert_close(call(fused, inputs), call(plain, inputs), rtol=0, atol=1e-11)
@@ -143,7 +143,8 @@ def unchanged(unit: nn.Module) -> Iterator[None]:
     for key, value in unit.state_dict().items():
         assert torch.equal(value, state[key]), key
     for p, grad in zip(unit.parameters(), grads, strict=True):
-        assert (p.grad is None) == (grad is None) and (grad is None or torch.equal(p.grad, grad))
+        assert (p.grad is None) == (grad is None)
+        assert p.grad is None or grad is None or torch.equal(p.grad, grad)
 
 
 @pytest.mark.parametrize("name", NORMED)
@@ -191,9 +192,11 @@ def keep_only_this_batch(unit: nn.Module) -> None:
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("shape", [(16, 50, 16), (3, 400, 12)], ids=str)
 def test_deepctr_torchs_initialisation(shape: tuple[int, int, int], softmax: bool, backend: str, cpu: str) -> None:
-    """Embeddings and weights of 1e-4 beside a bias of 0.1: the variance is far below the rounding of the mean's square."""
+    """Embeddings and weights of 1e-4 beside a bias of 0.1: a variance far below the rounding of the mean's square."""
     spec = preset("deepctr", [64, 16], softmax=softmax)
-    check_parity(Case(spec, shape, "lengths", scale=1e-4), backend, adjust=keep_only_this_batch, initialise=deepctr_initialise)
+    check_parity(
+        Case(spec, shape, "lengths", scale=1e-4), backend, adjust=keep_only_this_batch, initialise=deepctr_initialise
+    )
 
 
 @pytest.mark.parametrize(("offset", "dtype"), [(10.0, torch.float32), (1000.0, torch.float64)], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def test_dims_are_copied() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"dims": [36]}, {"activation": "dice"}, {"use_softmax": False}, {"dims": [8], "use_softmax": True}], ids=str
+    "other",
+    [{"dims": [36]}, {"activation": "dice"}, {"use_softmax": False}, {"dims": [8], "use_softmax": True}],
+    ids=str,
 )
 def test_a_spec_together_with_what_it_holds_raises(other: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"^spec: "):
@@ -124,7 +127,7 @@ def test_repr_says_what_it_computes() -> None:
 
 def test_the_functional_form_is_keyword_only_and_the_same(any_backend: str) -> None:
     unit = fused_unit(preset("deepctr", [8]), D, any_backend).eval()
-    arguments = {
+    arguments: dict[str, Any] = {
         "query": INPUTS.target,
         "history": INPUTS.history,
         "parameters": unit.attention.unit_parameters(),
@@ -134,7 +137,7 @@ def test_the_functional_form_is_keyword_only_and_the_same(any_backend: str) -> N
     }
     assert torch.equal(din_fast.activation_unit(**arguments), call(unit, INPUTS))
     with pytest.raises(TypeError, match="positional"):
-        din_fast.activation_unit(*arguments.values())  # type: ignore[misc]
+        din_fast.activation_unit(*arguments.values())  # type: ignore[call-arg]
 
 
 # ---- which backend
@@ -208,5 +211,5 @@ def test_auto_falls_back_on_a_device_without_kernels(monkeypatch: pytest.MonkeyP
     with pytest.warns(RuntimeWarning, match="meta"):
         out = unit(INPUTS.history.to("meta"), INPUTS.target.to("meta"))
     assert out.shape == (4, D) and out.device.type == "meta" and unit.last_backend == "reference"
-    with pytest.raises(RuntimeError, match="backend 'native' cannot run: .*meta"):
+    with pytest.raises(RuntimeError, match=r"backend 'native' cannot run: .*meta"):
         FusedActivationUnit(D, backend="native").to("meta")(INPUTS.history.to("meta"), INPUTS.target.to("meta"))

@@ -61,7 +61,17 @@ SPECS: dict[str, UnitSpec] = {
     "no-raw-history": UnitSpec((14,), blocks=("q", "q", "q*k", "q-k"), activation="dice_batch"),
     "no-hidden-layer-softmax": UnitSpec((), activation="identity", softmax=True, empty="uniform"),
 }
-SHAPES = ((7, 13, 10), (5, 33, 7), (4, 16, 16), (3, 40, 36), (9, 8, 3), (2, 201, 5), (16, 1, 12), (1, 50, 8), (6, 65, 32))
+SHAPES = (
+    (7, 13, 10),
+    (5, 33, 7),
+    (4, 16, 16),
+    (3, 40, 36),
+    (9, 8, 3),
+    (2, 201, 5),
+    (16, 1, 12),
+    (1, 50, 8),
+    (6, 65, 32),
+)
 MASKINGS = ("none", "mask", "lengths", "both")
 
 
@@ -185,6 +195,11 @@ def step(unit: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     found = {"output": out.detach(), "output without grad": without_grad}
     found |= {f"grad {name}": grad for name, grad in zip(named, grads, strict=True)}
     return found | {name: b.clone() for name, b in unit.named_buffers() if "running" in name}
+
+
+def assert_near(name: str, found: Tensor, right: Tensor, atol: float) -> None:
+    """For the few places where a bound on the difference is meant, not the rule."""
+    torch.testing.assert_close(found, right, rtol=0, atol=atol, msg=lambda message: f"{name}: {message}")
 
 
 class Comparison:

@@ -32,7 +32,7 @@ using Tensors = std::map<std::string, Numbers>;
 constexpr double kEps = 1e-3, kNormEps = 1e-5, kNaN = __builtin_nan("");
 // An error may be kAllowed u S: u the unit roundoff, S the largest entry of a result or, of a gradient, the largest sum of
 // the magnitudes that add up to an entry.
-constexpr double kAllowed = 200;
+template <class T> constexpr double kAllowed = sizeof(T) == 4 ? 300 : 5000;  // the truth is a double too
 
 static std::string name(const char* base, int layer) { return base + std::to_string(layer); }
 
@@ -64,6 +64,11 @@ struct Case {
   bool strided, pooled_grad, score_grad;
 
   bool has_batch(int layer) const { return batch >> layer & 1; }
+  int64_t products() const {  // multiply-adds of a forward pass
+      int64_t n = (int64_t)dim * units[0];
+      for (int i = 1; i < layers; i++) n += (int64_t)units[i - 1] * units[i];
+      return n * users * length;
+  }
   std::string text() const {
     static const char* activations[] = {"identity", "relu", "sigmoid", "prelu", "dice_row", "dice_batch"};
     static const char *modes[] = {"plain", "centred", "full"}, *pad_kinds[] = {"", " lengths", " mask", " mask+lengths", " ragged"};
@@ -85,12 +90,13 @@ static std::vector<Case> all_cases() {
     Case c = {};
     c.activation = i % kActivations;
     c.mode = i / kActivations % 3;
-    c.layers = 1 + r.below(3);
-    for (int& u : c.units) u = r.pick({1, 3, 17, 36, 80});
-    c.dim = r.pick({1, 3, 8, 10, 16, 33, 64});
-    c.length = r.pick({1, 7, 33, 100, 130});
-    const int64_t work = (int64_t)c.length * (c.dim * c.units[0] + (c.layers > 1) * c.units[0] * c.units[1]);
-    c.users = (int)std::max<int64_t>(1, std::min<int64_t>(r.pick({2, 5, 19, 70}), 200000 / work));
+    do {  // not too much for an emulator
+      c.layers = 1 + r.below(3);
+      for (int& u : c.units) u = r.pick({1, 3, 17, 36, 80});
+      c.dim = r.pick({1, 3, 8, 10, 16, 33, 64});
+      c.length = r.pick({1, 7, 33, 100, 130});
+      c.users = r.pick({1, 2, 5, 19, 70});
+    } while (c.products() > 40000);
     c.pads = r.below(5);
     if (c.mode != kPlain && r.below(3) && c.users * c.length > 20 && c.pads != kRagged) c.batch = 1 + r.below((1 << c.layers) - 1);
     c.keep = c.batch & r.below(8);
@@ -104,8 +110,8 @@ static std::vector<Case> all_cases() {
     cases.push_back(c);
   }
   // histories whose sums are flushed on the way
-  for (int activation : {kPrelu, kDiceRow, kDiceBatch})
-    for (int batch : {0, 3}) cases.push_back({activation, kFull, 2, {3, 2}, 3, 4500, 2, kMask, batch, batch & 1, 0, kZeros, kMean, 1, false, true, true});
+  for (int batch : {0, 3})
+    cases.push_back({batch ? kDiceBatch : kPrelu, kFull, 2, {3, 2}, 3, 4500, 1, kMask, batch, batch & 1, 0, kZeros, kMean, 1, false, true, true});
   return cases;
 }
 
@@ -178,6 +184,7 @@ struct Tape {
   std::vector<Edge> edges;
   std::vector<size_t> end;    // where a node's edges end, which lie behind those of the node before
 
+  void clear() { value.clear(), edges.clear(), end.clear(); }
   Var node(double v) {
     value.push_back(v);
     end.push_back(edges.size());
@@ -230,14 +237,7 @@ struct Truth {
   }
 };
 
-struct Leaves {
-  std::map<std::string, Var> first;
-  Var at(const std::string& key, int64_t i = 0) const { return first.at(key) + (Var)i; }
-  void add(const std::string& key, const Numbers& v) {
-    first[key] = (Var)tape.value.size();
-    for (double x : v) tape.node(x);
-  }
-};
+using Leaves = std::map<std::string, Var>;  // the first node of each tensor; the others follow
 
 // One hidden layer: its z of all rows -> its activations, in place.
 static void naive_activation(const Problem& p, int i, const Leaves& in, std::vector<std::vector<Var>>& rows, Truth& truth) {
@@ -248,8 +248,9 @@ static void naive_activation(const Problem& p, int i, const Leaves& in, std::vec
   Numbers means, m2;
   for (int h = 0; h < units; h++) {
     Var center = c.mode == kPlain ? tape.node(0) : c.has_batch(i) ? -1 : tape.node(p.center.at(name("center", i))[h]);
-    Var scale = norm ? in.at(name("norm_scale", i), h) : tape.node(1);
-    Var gate_scale = gated ? in.at(name("gate_scale", i), h) : -1;
+    Var scale = norm ? in.at(name("norm_scale", i)) + h : tape.node(1);
+    Var gate_scale = gated ? in.at(name("gate_scale", i)) + h : -1;
+    const Var shift = norm ? in.at(name("norm_shift", i)) + h : -1, gate_shift = gated ? in.at(name("gate_shift", i)) + h : -1;
     if (c.has_batch(i)) {
       Sum mean, variance;
       for (const auto& z : rows) mean.add(z[h], 1.0 / rows.size());
@@ -264,11 +265,12 @@ static void naive_activation(const Problem& p, int i, const Leaves& in, std::vec
     }
     for (size_t r = 0; r < rows.size(); r++) {
       const Var d = sub(rows[r][h], center);
-      if (gated) x[r][h] = Sum().add(d, gate_scale).add(in.at(name("gate_shift", i), h)).done();
-      if (norm) rows[r][h] = Sum().add(d, scale).add(in.at(name("norm_shift", i), h)).done();
+      if (gated) x[r][h] = Sum().add(d, gate_scale).add(gate_shift).done();
+      if (norm) rows[r][h] = Sum().add(d, scale).add(shift).done();
     }
   }
   if (c.has_batch(i)) truth.put(name("mean", i), means), truth.put(name("m2_", i), m2);
+  const Var slope = c.activation >= kPrelu ? in.at(name("slope", i)) : -1;
   for (size_t r = 0; r < rows.size(); r++) {
     std::vector<Var>& n = rows[r];
     if (c.activation == kDiceRow) {
@@ -285,9 +287,9 @@ static void naive_activation(const Problem& p, int i, const Leaves& in, std::vec
       if (c.activation == kRelu || c.activation == kPrelu) truth.nearest_kink = std::fmin(truth.nearest_kink, std::fabs(v));
       if (c.activation == kRelu && v <= 0) n[h] = tape.node(0);
       if (c.activation == kSigmoid) n[h] = sigmoid(n[h]);
-      if (c.activation == kPrelu && v <= 0) n[h] = mul(n[h], in.at(name("slope", i), h));
+      if (c.activation == kPrelu && v <= 0) n[h] = mul(n[h], slope + h);
       if (c.activation == kDiceRow || c.activation == kDiceBatch) {  // p n + (1 - p) alpha n
-        const Var gate = sigmoid(x[r][h]), shut = mul(n[h], in.at(name("slope", i), h));
+        const Var gate = sigmoid(x[r][h]), shut = mul(n[h], slope + h);
         n[h] = Sum().add(gate, n[h]).add(shut).add(gate, shut, -1).done();
       }
     }
@@ -314,9 +316,13 @@ static void naive_weights(const Problem& p, int user, std::vector<Var>& s) {
 static Truth naive(const Problem& p) {
   const Case& c = p.c;
   Truth truth;
-  tape = {};
+  tape.clear();
   Leaves in;
-  for (const auto& [key, v] : p.in) in.add(key, v);
+  for (const auto& [key, v] : p.in) {
+    in[key] = (Var)tape.value.size();
+    for (double x : v) tape.node(x);
+  }
+  const Var query = in.at("query"), history = in.at("history"), a_q = in.at("a_q"), a_k = in.at("a_k"), a_p = in.at("a_p");
   std::vector<std::vector<Var>> rows;  // all that are input, user after user
   for (int u = 0; u < c.users; u++)
     for (int64_t l = 0; l < p.total(u); l++) {
@@ -324,28 +330,31 @@ static Truth naive(const Problem& p) {
       std::vector<Var> z;
       for (int h = 0; h < c.units[0]; h++) {
         Sum sum;
-        sum.add(in.at("bias0", h));
-        for (int64_t d = 0; d < c.dim; d++) {
-          const Var q = in.at("query", u * c.dim + d), k = in.at("history", p.row(u, l) * c.dim + d), a_p = in.at("a_p", h * c.dim + d);
-          sum.add(in.at("a_q", h * c.dim + d), q).add(in.at("a_k", h * c.dim + d), k).add(a_p, q, at(k));
-          tape.edges.push_back({k, at(a_p) * at(q)});
+        sum.add(in.at("bias0") + h);
+        for (int d = 0; d < c.dim; d++) {
+          const Var q = query + u * c.dim + d, k = history + (Var)p.row(u, l) * c.dim + d;
+          const int w = h * c.dim + d;
+          sum.add(a_q + w, q).add(a_k + w, k).add(a_p + w, q, at(k));
+          tape.edges.push_back({k, at(a_p + w) * at(q)});
         }
         z.push_back(sum.done());
       }
       rows.push_back(z);
     }
   for (int i = 0; i < c.layers; i++) {
-    if (i)
-      for (auto& row : rows) {
-        std::vector<Var> z;
-        for (int h = 0; h < c.units[i]; h++) {
-          Sum sum;
-          sum.add(in.at(name("bias", i), h));
-          for (size_t j = 0; j < row.size(); j++) sum.add(row[j], in.at(name("weight", i), h * row.size() + j));
-          z.push_back(sum.done());
-        }
-        row = z;
+    for (auto& row : rows) {
+      if (!i) break;
+      std::vector<Var> z;
+      Var weight = in.at(name("weight", i));
+      const Var bias = in.at(name("bias", i));
+      for (int h = 0; h < c.units[i]; h++) {
+        Sum sum;
+        sum.add(bias + h);
+        for (Var a : row) sum.add(a, weight++);
+        z.push_back(sum.done());
       }
+      row = z;
+    }
     naive_activation(p, i, in, rows, truth);
   }
 
@@ -362,7 +371,7 @@ static Truth naive(const Problem& p) {
       if (!p.valid(u, l) && !p.over_nothing(u)) continue;
       Sum sum;
       sum.add(in.at("score_bias"));
-      for (size_t h = 0; h < a.size(); h++) sum.add(a[h], in.at("score_weight", h));
+      for (size_t h = 0; h < a.size(); h++) sum.add(a[h], in.at("score_weight") + (Var)h);
       s.push_back(sum.done());
       l_of.push_back(l);
     }
@@ -370,7 +379,7 @@ static Truth naive(const Problem& p) {
     const int64_t n = c.pooling == kSum ? 1 : c.pooling == kMean ? p.total(u) : p.count(u);
     for (int64_t d = 0; d < c.dim; d++) {
       Sum sum;
-      for (size_t j = 0; j < s.size(); j++) sum.add(s[j], in.at("history", p.row(u, l_of[j]) * c.dim + d), 1.0 / std::max<int64_t>(n, 1));
+      for (size_t j = 0; j < s.size(); j++) sum.add(s[j], history + (Var)(p.row(u, l_of[j]) * c.dim + d), 1.0 / std::max<int64_t>(n, 1));
       const Var v = sum.done();
       pooled.push_back(at(v));
       if (c.pooled_grad) loss.push_back({v, p.grad_pooled[u * c.dim + d]});
@@ -399,26 +408,33 @@ static Truth naive(const Problem& p) {
 }
 
 // ---------------------------------------------------------------- the kernel
-// Arrays of NaN that end where an unreadable page begins; what lies in front of them has to stay as it is.
+// Arrays of NaN that end where an unreadable page begins; the bytes in front of them have to stay as they are.
 class Memory {
-  struct Piece { char* map; size_t front, size; };
+  struct Piece { char* map; size_t pages; char* array; };
   std::vector<Piece> pieces;
-  static constexpr size_t kPage = 4096;
+  static std::map<size_t, std::vector<char*>> unused;  // by pages
+  static constexpr size_t kPage = 4096, kFront = 128;
   static constexpr char kGuard = 0x5a;
 
  public:
   Memory() = default;
   Memory(const Memory&) = delete;
   ~Memory() {
-    for (const Piece& p : pieces) munmap(p.map, p.size);
+    for (const Piece& p : pieces) unused[p.pages].push_back(p.map);
   }
   template <class T> T* take(size_t n) {
-    const size_t bytes = n * sizeof(T), front = kPage - bytes % kPage, size = front + bytes + kPage;
-    char* map = (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (map == MAP_FAILED || mprotect(map + front + bytes, kPage, PROT_NONE)) perror("mmap"), exit(1);
-    memset(map, kGuard, front), memset(map + front, 0xff, bytes);
-    pieces.push_back({map, front, size});
-    return (T*)(map + front);
+    const size_t bytes = n * sizeof(T), pages = (bytes + kFront + kPage - 1) / kPage;
+    std::vector<char*>& fit = unused[pages];
+    if (fit.empty()) {
+      void* map = mmap(nullptr, (pages + 1) * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (map == MAP_FAILED || mprotect((char*)map + pages * kPage, kPage, PROT_NONE)) perror("mmap"), exit(1);
+      fit.push_back((char*)map);
+    }
+    char *map = fit.back(), *array = map + pages * kPage - bytes;
+    fit.pop_back();
+    pieces.push_back({map, pages, array});
+    memset(array - kFront, kGuard, kFront), memset(array, 0xff, bytes);
+    return (T*)array;
   }
   template <class T, class From> T* copy(const From& from) {
     T* to = take<T>(from.size());
@@ -434,10 +450,11 @@ class Memory {
   }
   bool intact() const {
     for (const Piece& p : pieces)
-      if (std::count(p.map, p.map + p.front, kGuard) != (std::ptrdiff_t)p.front) return false;
+      if (std::count(p.array - kFront, p.array, kGuard) != (std::ptrdiff_t)kFront) return false;
     return true;
   }
 };
+std::map<size_t, std::vector<char*>> Memory::unused;
 
 enum Want { kHistory = 1, kQuery = 2, kWeights = 4, kAll = 7 };
 template <class T> using Results = std::map<std::string, std::vector<T>>;
@@ -655,11 +672,11 @@ template <class T> void compare(const Results<T>& got, const Truth& truth, std::
     const double unit = u * truth.scale.at(key);
     for (size_t i = 0; i < want.size(); i++) {
       const double x = (double)found->second[i], error = std::fabs(x - want[i]);
-      if (std::isnan(want[i]) ? std::isnan(x) : error <= kAllowed * unit) {
+      if (std::isnan(want[i]) ? std::isnan(x) : error <= kAllowed<T> * unit) {
         if (error > 0) largest[sizeof(T) == 8] = std::fmax(largest[sizeof(T) == 8], error / unit);
         continue;
       }
-      wrong.push_back(key + "[" + std::to_string(i) + "]" + numbers(": got %.9g, expected %.9g, allowed error %.2g", x, want[i], kAllowed * unit));
+      wrong.push_back(key + "[" + std::to_string(i) + "]" + numbers(": got %.9g, expected %.9g, allowed error %.2g", x, want[i], kAllowed<T> * unit));
       break;
     }
   }
@@ -669,6 +686,7 @@ template <class T> void compare(const Results<T>& got, const Truth& truth, std::
 template <class T> void compare_bits(const char* what, const Results<T>& got, const Results<T>& first, std::vector<std::string>& wrong) {
   for (const auto& [key, v] : got) {
     const std::vector<T>& w = first.at(key);
+    if (memcmp(v.data(), w.data(), v.size() * sizeof(T)) == 0) continue;
     for (size_t i = 0; i < v.size(); i++)
       if (memcmp(&v[i], &w[i], sizeof(T)) && !(std::isnan(v[i]) && std::isnan(w[i]))) {
         wrong.push_back(what + (" changes the bits of " + key) + "[" + std::to_string(i) + "]" + numbers(": %.9g, was %.9g, differs by %.2g", v[i], w[i], v[i] - w[i]));
@@ -688,15 +706,13 @@ template <class T> bool passes(const Problem& p, const Truth& truth, const char*
     intact = intact && run.intact();
     compare_bits(what, run.results, first.results, wrong);
   };
-  again("a second call", in_order, kAll);
-  again("reverse order", in_reverse, kAll);
-  again("threads", on_threads, kAll);
-  again("asking for history alone", in_order, kHistory);
-  again("asking for query alone", in_order, kQuery);
+  again("working on threads", on_threads, kAll);
+  again("reverse order, asking for weights alone", in_reverse, kWeights);
+  again("reverse order, asking for history alone", in_reverse, kHistory);
   Problem nan = p;
   for (const char* key : {"history", "query"}) std::fill(nan.in[key].begin(), nan.in[key].end(), kNaN);
   Run<T>(nan, kernels, in_order);
-  again("a call full of NaN before, and asking for weights alone", in_order, kWeights);
+  again("a call full of NaN before, asking for query alone,", in_order, kQuery);
   if (!intact) wrong.push_back("wrote in front of an array");
   for (const std::string& line : wrong) printf("FAIL %s: %s\n", running.c_str(), line.c_str());
   return wrong.empty();
@@ -744,7 +760,7 @@ int main(int argc, char** argv) {
     }
   }
   for (const InstructionSet* set : sets) printf("%s ", set->name);
-  printf("| largest error %.0f u S (float), %.0f u S (double), allowed %.0f\n", largest[0], largest[1], kAllowed);
+  printf("| largest error %.0f u S (float), %.0f u S (double); allowed %.0f and %.0f\n", largest[0], largest[1], kAllowed<float>, kAllowed<double>);
   printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

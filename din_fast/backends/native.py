@@ -69,13 +69,25 @@ def instruction_set() -> str:
     return name
 
 
+def instruction_sets() -> list[str]:
+    """The kernel's builds that this processor can run, fastest first.
+
+    Raises:
+        RuntimeError: the library cannot be used.
+    """
+    if _why_not is not None:
+        raise RuntimeError(_why_not)
+    names: str = torch.ops.din_fast.instruction_sets()
+    return names.split(",")
+
+
 def facts() -> dict[str, Any]:
     """What is known of the library.
 
     Keys: ``requested`` (the DIN_FAST_BUILD at installation), ``built``, ``why_not``; where it was built also ``torch``
     (the version built against) and ``flags``; where din_fast._face is there also ``compiler``, ``torch_headers``,
-    ``torch_target_version``, ``cuda`` and ``processor`` (extension -> bool), else ``why_no_face``.
+    ``torch_target_version`` and ``cuda``, else ``why_no_face``.
     """
     if _face is None:
         return {"why_no_face": "it was not built with the library", **_record}
-    return {**_record, **_face.build(), "processor": _face.processor()}
+    return {**_record, **_face.build()}
