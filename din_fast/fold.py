@@ -149,10 +149,10 @@ def update_running_statistics(
 ) -> None:
     """What torch's BatchNorm does to its buffers in training: unbiased variance, momentum or cumulative average.
 
-    mean, variance (H,), biased; count (0-d): the rows they were taken over. Nothing changes when no statistics are
-    tracked, when the norm is frozen (eval), or when count is 0.
+    mean, variance (H,), biased; count (0-d): the rows they were taken over, at least 2. Nothing changes when no
+    statistics are tracked or when the norm is frozen (eval).
     """
-    if not norm.training or norm.running_mean is None or norm.running_var is None:
+    if not (norm.training and norm.track_running_stats) or norm.running_mean is None or norm.running_var is None:
         return
     factor: Tensor | float = 0.0 if norm.momentum is None else norm.momentum
     if norm.num_batches_tracked is not None:

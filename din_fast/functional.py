@@ -68,12 +68,14 @@ def run(
     lengths: Tensor | None,
     backend: str,
     query_name: str = "query",
+    emb_dim: int | None = None,
 ) -> Result:
     """As :func:`activation_unit`, but positional; it tells the weights and which backend ran.
 
-    ``query_name`` is what the caller calls the query, for error messages.
+    ``query_name`` is what the caller calls the query, for error messages; ``emb_dim`` is the D that a module was built
+    for.
     """
-    segs = segments.prepare(query, history, mask, lengths, query_name)
+    segs = segments.prepare(query, history, mask, lengths, query_name, emb_dim)
     segments.check_parameters(parameters, spec, history)
     chosen = dispatch.choose(backend, history)
     batch_statistics = reference.uses_batch_statistics(parameters)

@@ -46,9 +46,11 @@ def call(backend: str, name: str, *arguments: Any) -> list[Tensor]:
     try:
         result: list[Tensor] = op(backend, name)(*arguments)
     except RuntimeError as error:
-        if str(error).startswith("lengths:"):
-            raise ValueError(str(error).splitlines()[0]) from None
-        raise
+        line = str(error).partition("\n")[0]  # torch puts the place in the C++ source in front of what is wrong
+        start = line.find("lengths: ")
+        if start < 0:
+            raise
+        raise ValueError(line[start:]) from None
     return result
 
 

@@ -73,7 +73,7 @@ class UnitSpec:
     dropout: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden_units", _units("hidden_units", self.hidden_units))
+        object.__setattr__(self, "hidden_units", check_widths("hidden_units", self.hidden_units))
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if not self.blocks:
             raise ValueError("blocks: expected at least one feature block, got none")
@@ -100,7 +100,8 @@ def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
 
 
-def _units(name: str, units: Sequence[int]) -> tuple[int, ...]:
+def check_widths(name: str, units: Sequence[int]) -> tuple[int, ...]:
+    """The widths of the hidden layers as a tuple; an error names them as the caller does."""
     if isinstance(units, str | int) or not all(isinstance(u, int) and not isinstance(u, bool) for u in units):
         raise TypeError(f"{name}: expected a sequence of int, got {units!r}")
     if len(units) > MAX_HIDDEN_LAYERS:
@@ -150,7 +151,7 @@ def preset(
         activation = defaults.dice
     fields["batch_norm"] = batch_norm or bool(fields.get("batch_norm", False))
     fields["per_channel_slope"] = activation in defaults.per_channel
-    units = defaults.hidden_units if hidden_units is None else _units("hidden_units", hidden_units)
+    units = defaults.hidden_units if hidden_units is None else check_widths("hidden_units", hidden_units)
     return UnitSpec(hidden_units=units, activation=activation, softmax=softmax, **fields)  # type: ignore[arg-type]
 
 

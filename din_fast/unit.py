@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from din_fast import dispatch, functional, reference
-from din_fast.spec import UnitSpec, preset
+from din_fast.spec import UnitSpec, check_widths, preset
 
 
 class FusedActivationUnit(nn.Module):
@@ -51,7 +51,7 @@ class FusedActivationUnit(nn.Module):
         if spec is None:
             spec = preset(
                 "rechub",
-                [36] if dims is None else dims,
+                None if dims is None else check_widths("dims", dims),
                 "dice" if activation is None else activation,
                 bool(use_softmax),
             )
@@ -75,7 +75,9 @@ class FusedActivationUnit(nn.Module):
         The argument order is torch-rechub's, history first. Errors as in :func:`din_fast.activation_unit`.
         """
         parameters = self.attention.unit_parameters()
-        result = functional.run(target, history, parameters, self.spec, mask, lengths, self.backend, "target")
+        result = functional.run(
+            target, history, parameters, self.spec, mask, lengths, self.backend, "target", self.emb_dim
+        )
         self.last_backend = result.backend
         return result.pooled
 

@@ -50,7 +50,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     environment, settings = result["environment"], result["settings"]
     figure.suptitle(
         f"DIN on ml-100k: batch {settings['batch_size']}, history {settings['length']}, "
-        f"embedding {settings['emb_dim']}, attention {settings['attention_dims']}\n"
+        f"embedding {settings['emb_dim']}, attention {list(settings['attention_dims'])}\n"
         f"{environment['processor']}, {environment['threads']} threads, torch {environment['versions']['torch']}, "
         f"backend {settings['backend']}",
         fontsize=11,
@@ -82,7 +82,7 @@ def _difference(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlim(1, max(2, len(differences)))
     axes.set_xlabel("training step")
-    axes.set_ylabel("|loss difference|\ndin_fast, torch-rechub", fontsize=9)
+    axes.set_ylabel("|loss difference|\nof the first two", fontsize=9)
     axes.grid(alpha=0.25)
 
 

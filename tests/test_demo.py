@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from rich.progress import Progress
 
 from din_fast import FusedActivationUnit, dispatch
@@ -184,8 +186,17 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     comparison = read["comparison"]
     assert comparison["largest_loss_difference"] == max(comparison["loss_differences"])
     assert comparison["step_speedup"] > 0 and comparison["units_speedup"] > 0
-    printed = [column.header for column in demo.table(result).columns]
-    assert "test AUC" in printed
+    exact = read["float64"]
+    assert exact["steps"] == 3
+    assert exact["largest_loss_difference"] <= 1e-11
+    assert 0 < exact["distance_of_float32"][FUSED] <= 1e-5
+
+    console = Console(width=79, record=True, file=io.StringIO())
+    console.print(demo.table(result), *demo.summary(result))
+    printed = console.export_text()
+    for row in read["rows"].values():
+        assert f"{row['test_auc']:.4f}" in printed
+    assert f"{comparison['largest_loss_difference']:.1e}" in printed
 
 
 def test_the_command_stops_where_the_backend_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

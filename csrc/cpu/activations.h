@@ -72,12 +72,13 @@ static void row_statistics(const Params<T>& p, int vectors, const T* z, T* rows)
 
 // a[v][h] = activation(z[v][h])
 template <class T, int A, int M>
-static void activate(const Params<T>& p, int vectors, const T* z, T* rows, T* a) {
+static void activate(Ahead& ahead, const Params<T>& p, int vectors, const T* z, T* rows, T* a) {
   constexpr int W = kLanes<T>;
   const int64_t stride = (int64_t)p.units * W;
   if constexpr (A == kDiceRow) row_statistics<T, A, M>(p, vectors, z, rows);
   for (int h = 0; h < p.units; h++) {
     const HiddenUnit<T, A, M> unit(p, h);
+    ahead.go(kAheadUnit);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
       Vec<T> mean = {}, inverse = {};
@@ -89,7 +90,7 @@ static void activate(const Params<T>& p, int vectors, const T* z, T* rows, T* a)
 
 // score[v] = bias + sum_h w_h activation(z[v][h]), for N vectors at once
 template <class T, int A, int M, int N>
-DIN_FAST_INLINE void score_vectors(const Params<T>& p, int vectors, const T* z, const T* rows, const T* w, T bias, T* score) {
+DIN_FAST_INLINE void score_vectors(Ahead& ahead, const Params<T>& p, int vectors, const T* z, const T* rows, const T* w, T bias, T* score) {
   constexpr int W = kLanes<T>;
   const int64_t stride = (int64_t)p.units * W;
   Vec<T> sum[N], mean[N], inverse[N];
@@ -101,6 +102,7 @@ DIN_FAST_INLINE void score_vectors(const Params<T>& p, int vectors, const T* z, 
   }
   for (int h = 0; h < p.units; h++) {
     const HiddenUnit<T, A, M> unit(p, h);
+    ahead.go(kAheadUnit);
 #pragma GCC unroll 4
     for (int v = 0; v < N; v++) sum[v] += unit.weighted(w[h], load(z + v * stride + h * W), mean[v], inverse[v]);
   }
@@ -108,13 +110,13 @@ DIN_FAST_INLINE void score_vectors(const Params<T>& p, int vectors, const T* z, 
   for (int v = 0; v < N; v++) store(score + v * W, sum[v]);
 }
 template <class T, int A, int M>
-static void score(const Params<T>& p, int vectors, const T* z, T* rows, const T* w, T bias, T* out) {
+static void score(Ahead& ahead, const Params<T>& p, int vectors, const T* z, T* rows, const T* w, T bias, T* out) {
   constexpr int W = kLanes<T>;
   const int64_t stride = (int64_t)p.units * W;
   if constexpr (A == kDiceRow) row_statistics<T, A, M>(p, vectors, z, rows);
   int v = 0;
-  for (; v + 4 <= vectors; v += 4) score_vectors<T, A, M, 4>(p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
-  for (; v < vectors; v++) score_vectors<T, A, M, 1>(p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
+  for (; v + 4 <= vectors; v += 4) score_vectors<T, A, M, 4>(ahead, p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
+  for (; v < vectors; v++) score_vectors<T, A, M, 1>(ahead, p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
 }
 
 // What the backward of an activation reads and writes; null pointers are work that is not wanted.
@@ -139,7 +141,7 @@ template <class T> DIN_FAST_INLINE void add_to(T* p, Vec<T> v) { store(p, load(p
 //   y = n f, f = slope + (1 - slope) p:    dn = da f,   dx = da n (1 - slope) p (1 - p),   d slope = da n (1 - p)
 // Row Dice's x depends on all n of the row: its dn is finished in a second sweep.
 template <class T, int A, int M, bool Last, int Does>
-static void activation_backward(const Params<T>& p, const ActivationBackward<T>& b) {
+static void activation_backward(Ahead& ahead, const Params<T>& p, const ActivationBackward<T>& b) {
   constexpr int W = kLanes<T>;
   constexpr bool kDice = A == kDiceRow || A == kDiceBatch, kSum = Does & kTakeSums, kWrite = Does & kWriteDz;
   constexpr bool kSecondSweep = A == kDiceRow;
@@ -159,6 +161,7 @@ static void activation_backward(const Params<T>& p, const ActivationBackward<T>&
     const T open_dz = open * to_dz, slope_dz = slope * to_dz;
     const T e0 = b.e0 ? b.e0[h] : T(0), e1 = b.e0 ? b.e1[h] : T(0);
     Vec<T> s_norm_z = {}, s_norm = {}, s_gate_z = {}, s_gate = {}, s_slope = {}, s_value = {}, s_dz = {};
+    ahead.go(kAheadUnit);
     for (int v = 0; v < vectors; v++) {
       const int64_t at = v * stride + h * W;
       const Vec<T> z = load(b.z + at), n = unit.normed(z), zc = unit.centered(z), da = load(b.da + (Last ? v * W : at));
@@ -263,10 +266,10 @@ static void activation_backward(const Params<T>& p, const ActivationBackward<T>&
 
 // ---- choosing the instantiation at run time
 template <class T> struct ActivationTable {
-  void (*activate)(const Params<T>&, int, const T*, T*, T*);
-  void (*score)(const Params<T>&, int, const T*, T*, const T*, T, T*);
-  void (*backward)(const Params<T>&, const ActivationBackward<T>&);
-  void (*backward_last[4])(const Params<T>&, const ActivationBackward<T>&);  // by What
+  void (*activate)(Ahead&, const Params<T>&, int, const T*, T*, T*);
+  void (*score)(Ahead&, const Params<T>&, int, const T*, T*, const T*, T, T*);
+  void (*backward)(Ahead&, const Params<T>&, const ActivationBackward<T>&);
+  void (*backward_last[4])(Ahead&, const Params<T>&, const ActivationBackward<T>&);  // by What
 };
 template <class T, int A, int M> constexpr ActivationTable<T> activation_entry() {
   return {activate<T, A, M>,

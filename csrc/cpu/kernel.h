@@ -40,8 +40,9 @@ struct Arena {
     for (;; current++) {
       if (current == kMost) throw OutOfMemory{};
       if (!block[current]) {
-        size[current] = bytes > (1u << 20) ? bytes : (1u << 20);
-        block[current] = static_cast<char*>(aligned_alloc(64, (size[current] + 63) / 64 * 64));
+        const __SIZE_TYPE__ least = (__SIZE_TYPE__)1 << (20 + imin(current, 8));  // so that kMost blocks hold anything
+        size[current] = ((bytes > least ? bytes : least) + 63) & ~(__SIZE_TYPE__)63;
+        block[current] = static_cast<char*>(aligned_alloc(64, size[current]));
         if (!block[current]) throw OutOfMemory{};
       }
       if (used[current] + bytes <= size[current]) break;
@@ -219,20 +220,29 @@ template <class T> struct Work {
   static constexpr int W = kLanes<T>;
   const Call<T>& call;
   const Unit<T>& u;
-  T *m, *c, *query;              // this candidate's matrix [D][Hp], its vector [Hp], q [Dp]
+  T *m, *query;                  // this candidate's matrix [D][Hp], and q [Dp]
+  T *c_rows, *q_panel, *c_panel; // c = A_q q + b1 of kLanes candidates at a time: [W][Hp], made in panels
   T *rows_copy, *panel;          // k of the block: rows [kBlock W][Dp], panel [vector][Dp][W]
   T *z[kMaxLayers], *a[kMaxLayers], *row_space;
   Segment<T> seg;
   int64_t block;                 // first vector of the block
   int vectors, n;                // vectors and positions in it
-  const T* rows;
-  int64_t row_stride;
+  const T *rows, *c;
+  int64_t row_stride, current;
+  Cut users;
+  Ahead ahead;
+  bool reads_rows, reads_kept[kMaxLayers] = {};  // what to ask for ahead
+  const T *also[2] = {};                         // panels read or written besides, and the layers they are of
+  int also_layer[2] = {};
+  T* also_rows = nullptr;                        // d history
   bool has_rows, has_panel;
   const T* z_at[kMaxLayers];     // z of the block, where it is known already
 
-  Work(const Call<T>& call_, Scratch& s) : call(call_), u(call_.u) {
+  Work(const Call<T>& call_, Cut users_, Scratch& s) : call(call_), u(call_.u), users(users_) {
     m = s.take<T>((int64_t)call.D * call.Hp[0]);
-    c = s.take<T>(call.Hp[0]);
+    c_rows = s.take<T>((int64_t)W * call.Hp[0]);
+    q_panel = s.take<T>((int64_t)W * call.Dp);
+    c_panel = s.take<T>((int64_t)W * call.Hp[0]);
     query = s.zeros<T>(call.Dp);
     rows_copy = s.zeros<T>((int64_t)kBlock * W * call.Dp);
     panel = s.take<T>((int64_t)kBlock * W * call.Dp);
@@ -245,20 +255,27 @@ template <class T> struct Work {
     row_space = s.take<T>((int64_t)kBlock * W * (4 + most));
   }
 
-  // m = (A_k + A_p diag(q))' and c = A_q q + b1, lanes over the hidden units
+  // c of the candidates [user, user + W): lanes are candidates here
+  void begin_group(int64_t user) {
+    const int n = (int)imin((int64_t)W, users.end - user), Hp = call.Hp[0];
+    for (int d = 0; d < call.D; d++)
+      for (int i = 0; i < W; i++) q_panel[d * W + i] = i < n ? u.query[(user + i) * u.query_stride + d] : T(0);
+    product<T>(ahead, 1, call.H[0], call.D, call.a_q_t, Hp, q_panel, 0, c_panel, 0, call.bias);
+    panel_to_rows(c_panel, call.H[0], 1, Hp, c_rows);
+  }
+  // m = (A_k + A_p diag(q))', lanes over the hidden units
   void begin(int64_t user) {
     seg = segment_of(u, user);
+    current = user;
     __builtin_memcpy(query, u.query + user * u.query_stride, sizeof(T) * call.D);
     if (!call.folds_z) return;
-    const int Hp = call.Hp[0];
-    for (int h = 0; h < Hp; h += W) {
-      Vec<T> cv = load(call.bias + h);
-      for (int d = 0; d < call.D; d++) {
-        const int64_t at = (int64_t)d * Hp + h;
-        store(m + at, load(call.a_k_t + at) + query[d] * load(call.a_p_t + at));
-        cv += query[d] * load(call.a_q_t + at);
-      }
-      store(c + h, cv);
+    const int64_t in_group = (user - users.begin) % W;
+    if (in_group == 0) begin_group(user);
+    c = c_rows + in_group * call.Hp[0];
+    for (int d = 0; d < call.D; d++) {
+      const T q = query[d];
+      const int64_t row = (int64_t)d * call.Hp[0];
+      for (int h = 0; h < call.Hp[0]; h += W) store(m + row + h, load(call.a_k_t + row + h) + q * load(call.a_p_t + row + h));
     }
   }
   int64_t all_vectors() const { return (seg.rows + W - 1) / W; }
@@ -273,6 +290,26 @@ template <class T> struct Work {
     n = (int)imin((int64_t)vectors * W, seg.rows - block * W);
     has_rows = has_panel = false;
     for (const T*& z_ : z_at) z_ = nullptr;
+  }
+  // Ask for the memory of the block after this one, of this user or the next (dense histories only).
+  void look_ahead(int64_t size) {
+    ahead.clear();
+    const int64_t begin = block + vectors;
+    int64_t first = begin * W, count = imin(size * W, seg.rows - first), user = current;
+    if (count <= 0) {
+      if (u.starts || current + 1 >= users.end) return;
+      user++;
+      first = 0;
+      count = imin(size * W, u.length);
+    }
+    const int64_t start = u.starts ? u.starts[user] : user * u.user_stride, panel_row = (u.panel_start ? u.panel_start[user] : user * panel_rows(u.length)) + first;
+    const int64_t padded = (count + W - 1) / W * W;
+    for (int i = 0; i <= call.last; i++)
+      if (reads_kept[i]) ahead.add(u.layer[i].kept + panel_row * call.H[i], sizeof(T) * padded * call.H[i]);
+    for (int i = 0; i < 2; i++)
+      if (also[i]) ahead.add(also[i] + panel_row * call.H[also_layer[i]], sizeof(T) * padded * call.H[also_layer[i]]);
+    if (reads_rows && u.row_stride <= 2 * call.D) ahead.add(u.history + start + first * u.row_stride, sizeof(T) * ((count - 1) * u.row_stride + call.D));
+    if (also_rows) ahead.add(also_rows + ((u.starts ? start / u.row_stride : user * u.length) + first) * call.D, sizeof(T) * count * call.D);
   }
   // Rows of the block that may be read Dp wide; masked ones are zero where a pad is not input.
   void need_rows() {
@@ -336,6 +373,11 @@ template <class T> struct Work {
       }
   }
 
+  // Panels hold more rows than there are: give them a value, so that no result depends on what memory held.
+  void clear_tail(int layer, T* panels) const {
+    const int64_t used = all_vectors() * W, H = call.H[layer];
+    __builtin_memset(panels + (seg.first_panel_row + used) * H, 0, sizeof(T) * (panel_rows(seg.total) - used) * H);
+  }
   int64_t panel_at(int layer) const { return (seg.first_panel_row + block * W) * call.H[layer]; }
   // z of a layer for the block: kept, or computed (into `out` where that is given)
   const T* z_panel(int layer, T* out = nullptr) {
@@ -345,13 +387,13 @@ template <class T> struct Work {
     z_at[layer] = to;
     if (layer == 0) {
       need_panel();
-      product<T>(vectors, call.H[0], call.D, m, call.Hp[0], panel, (int64_t)call.Dp * W, to, (int64_t)call.H[0] * W, c);
+      product<T>(ahead, vectors, call.H[0], call.D, m, call.Hp[0], panel, (int64_t)call.Dp * W, to, (int64_t)call.H[0] * W, c);
       return to;
     }
     const int H0 = call.H[layer - 1], H1 = call.H[layer];
     const T* before = z_panel(layer - 1);
-    call.act[layer - 1]->activate(call.params[layer - 1], vectors, before, row_space, a[layer - 1]);
-    product<T>(vectors, H1, H0, call.weight_t[layer], H1, a[layer - 1], (int64_t)H0 * W, to, (int64_t)H1 * W, u.layer[layer].bias);
+    call.act[layer - 1]->activate(ahead, call.params[layer - 1], vectors, before, row_space, a[layer - 1]);
+    product<T>(ahead, vectors, H1, H0, call.weight_t[layer], H1, a[layer - 1], (int64_t)H0 * W, to, (int64_t)H1 * W, u.layer[layer].bias);
     return to;
   }
 };
@@ -391,15 +433,20 @@ template <class T> void moments(const Unit<T>& u, int layer, const MomentsOut<T>
   double* part = scratch.zeros<double>(chunks * (2 * H + 1));  // count, mean, m2 of each chunk
   parallel(run, chunks, [&](int64_t chunk) {
     Scratch s;
-    Work<T> work(call, s);
+    const Cut users = cut(u.users, chunks, chunk);
+    Work<T> work(call, users, s);
+    work.reads_rows = layer == 0 || !u.layer[0].kept;
+    for (int i = 0; i < layer; i++) work.reads_kept[i] = u.layer[i].kept && (i == layer - 1 || !u.layer[i + 1].kept);
+    work.also[0] = out.kept;
+    work.also_layer[0] = layer;
     T *shift = s.take<T>(H), *sums = s.zeros<T>((int64_t)2 * H * W);
     double *total = s.zeros<double>(2 * H), count = 0;
     int waiting = 0;
-    const Cut users = cut(u.users, chunks, chunk);
     for (int64_t user = users.begin; user < users.end; user++) {
       work.begin(user);
       for (int64_t v = 0, size = work.block_size(); v < work.all_vectors(); v += size) {
         work.enter(v, size);
+        work.look_ahead(size);
         const T* z = work.z_panel(layer, out.kept ? out.kept + work.panel_at(layer) : nullptr);
         if (count == 0)
           for (int h = 0; h < H; h++) shift[h] = z[h * W];
@@ -407,6 +454,7 @@ template <class T> void moments(const Unit<T>& u, int layer, const MomentsOut<T>
         count += work.n;
         if ((waiting += work.n) >= kFlush) flush_lanes(sums, 2 * H, total), waiting = 0;
       }
+      if (out.kept) work.clear_tail(layer, out.kept);
     }
     flush_lanes(sums, 2 * H, total);
     double* p = part + chunk * (2 * H + 1);
@@ -495,16 +543,19 @@ template <class T> void forward(const Unit<T>& u, const ForwardOut<T>& out, Para
   const int W = kLanes<T>, last = call.last;
   parallel(run, chunks, [&](int64_t chunk) {
     Scratch s;
-    Work<T> work(call, s);
-    T *score = s.take<T>(u.length + kBlock * W), *pooled = s.take<T>(call.Dp);
     const Cut users = cut(u.users, chunks, chunk);
+    Work<T> work(call, users, s);
+    work.reads_rows = true;
+    work.reads_kept[last] = u.layer[last].kept != nullptr;
+    T *score = s.take<T>(u.length + kBlock * W), *pooled = s.take<T>(call.Dp);
     for (int64_t user = users.begin; user < users.end; user++) {
       work.begin(user);
       const Segment<T>& seg = work.seg;
       const int64_t size = work.block_size();
       for (int64_t v = 0; v < work.all_vectors(); v += size) {
         work.enter(v, size);
-        call.act[last]->score(call.params[last], work.vectors, work.z_panel(last), work.row_space, u.score_weight, u.score_bias, score + v * W);
+        work.look_ahead(size);
+        call.act[last]->score(work.ahead, call.params[last], work.vectors, work.z_panel(last), work.row_space, u.score_weight, u.score_bias, score + v * W);
       }
       weights_of(u, seg, score);
       __builtin_memset(pooled, 0, sizeof(T) * call.Dp);
@@ -613,22 +664,33 @@ template <class T> struct Backward {
   struct State {
     Work<T> work;
     T *g, *dz, *da, *zero, *a_rows, *m_rows, *d_m, *d_c, *d_k, *row;
+    T *d_c_group, *q_group, *d_q_group;  // of up to W candidates: [H][W], [W][Dp], [W][Dp]
     Waiting waiting;
-    State(const Backward& b, Scratch& s) : work(b.call, s) {
+    State(const Backward& b, Cut users, Scratch& s) : work(b.call, users, s) {
       const Call<T>& c = b.call;
+      work.reads_rows = b.pass.first || b.to_inputs || c.folds_z;
+      for (int i = 0; i <= b.pass.from; i++) work.reads_kept[i] = b.u.layer[i].kept && i >= b.pass.to;
+      work.also[0] = b.pass.local_in;
+      work.also_layer[0] = b.pass.from;
+      work.also[1] = b.pass.local_out;
+      work.also_layer[1] = b.pass.to < 0 ? 0 : b.pass.to;
+      work.also_rows = b.pass.d_history;
       int most = 0;
       for (int i = 0; i <= c.last; i++) most = c.Hp[i] > most ? c.Hp[i] : most;
       g = s.zeros<T>(c.Dp);
       dz = s.take<T>((int64_t)kBlock * W * most);
       da = s.take<T>((int64_t)kBlock * W * most);
       a_rows = s.take<T>((int64_t)kBlock * W * most);
-      zero = s.zeros<T>(most);
+      zero = s.zeros<T>(most > c.Dp ? most : c.Dp);
       if (b.to_inputs) {
         m_rows = s.take<T>((int64_t)c.H[0] * c.Dp);
         d_m = s.take<T>((int64_t)c.H[0] * c.Dp);
         d_c = s.take<T>((int64_t)c.H[0] * W);
         d_k = s.take<T>((int64_t)kBlock * W * c.Dp);
         row = s.take<T>((int64_t)W * c.Dp);
+        d_c_group = s.take<T>((int64_t)c.H[0] * W);
+        q_group = s.take<T>((int64_t)W * c.Dp);
+        d_q_group = s.take<T>((int64_t)W * c.Dp);
       }
       for (int i = 0; i <= c.last; i++) {
         if (b.pass.sums[i]) waiting.sums[i] = s.zeros<T>((int64_t)kSums * c.H[i] * W);
@@ -674,7 +736,7 @@ template <class T> struct Backward {
       for (int64_t l = 0; l < seg.rows; l++)
         if (!seg.is_valid(l)) ds[l] = 0;
     }
-    for (int64_t l = seg.rows; l < work.all_vectors() * W; l++) ds[l] = 0;
+    for (int64_t l = seg.rows; l < panel_rows(seg.total); l++) ds[l] = 0;
     if (part.d_score_bias) {
       double sum = 0;
       for (int64_t l = 0; l < seg.rows; l++) sum += (double)ds[l];
@@ -708,7 +770,7 @@ template <class T> struct Backward {
       const Vec<T> w = load(weight + v * W);
       for (int d = 0; d < call.Dp; d++) store(st.d_k + ((int64_t)v * call.Dp + d) * W, w * st.g[d]);
     }
-    product<T>(work.vectors, call.Dp, call.H[0], st.m_rows, call.Dp, st.dz, (int64_t)call.H[0] * W, st.d_k, (int64_t)call.Dp * W, nullptr);
+    product<T>(work.ahead, work.vectors, call.Dp, call.H[0], st.m_rows, call.Dp, st.dz, (int64_t)call.H[0] * W, st.d_k, (int64_t)call.Dp * W, nullptr);
     T* out = pass.d_history + first * call.D;
     for (int v = 0; v < work.vectors; v++) {
       const int lanes = imin(W, work.n - v * W);
@@ -723,28 +785,52 @@ template <class T> struct Backward {
     }
   }
 
-  // a candidate's d m and d c into the chunk's sums, and its query's gradient
-  void finish_inputs(State& st, int64_t user, Partial<T>& part) const {
-    const int H = call.H[0];
-    T* dc = st.da;  // free by now, and long enough
-    for (int h = 0; h < H; h++) {
-      dc[h] = lane_sum<T>(load(st.d_c + h * W));
-      if (part.d_bias[0]) part.d_bias[0][h] += (double)dc[h];
-    }
-    for (int d = 0; d < call.Dp; d += W) {
-      const Vec<T> q = load(st.work.query + d);
-      Vec<T> dq = {};
-      for (int h = 0; h < H; h++) {
-        const int64_t at = (int64_t)h * call.Dp + d;
+  // a candidate's d m into the chunk's sums and its query's gradient, N vectors of columns at a time
+  template <int N> DIN_FAST_INLINE void finish_columns(State& st, int d, T* dq, Partial<T>& part) const {
+    Vec<T> q[N], sum[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) q[j] = load(st.work.query + d + j * W), sum[j] = Vec<T>{};
+    for (int h = 0; h < call.H[0]; h++) {
+      const int64_t row = (int64_t)h * call.Dp + d;
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) {
+        const int64_t at = row + j * W;
         const Vec<T> dm = load(st.d_m + at);
-        store(part.d_a_k + at, load(part.d_a_k + at) + dm);
-        store(part.d_a_p + at, load(part.d_a_p + at) + dm * q);
-        store(part.d_a_q + at, load(part.d_a_q + at) + dc[h] * q);
-        dq += dm * load(call.a_p + at) + dc[h] * load(call.a_q + at);
+        add_to<T>(part.d_a_k + at, dm);
+        add_to<T>(part.d_a_p + at, dm * q[j]);
+        sum[j] += dm * load(call.a_p + at);
       }
-      if (pass.d_query)
-        for (int i = 0; i < imin(W, call.D - d); i++) pass.d_query[user * call.D + d + i] = dq[i];
     }
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) store(dq + d + j * W, sum[j]);
+  }
+  void finish_inputs(State& st, int64_t user, Partial<T>& part) const {
+    const int64_t in_group = (user - st.work.users.begin) % W;
+    for (int h = 0; h < call.H[0]; h++) {
+      const T dc = lane_sum<T>(load(st.d_c + h * W));
+      st.d_c_group[h * W + in_group] = dc;
+      if (part.d_bias[0]) part.d_bias[0][h] += (double)dc;
+    }
+    T* dq = st.d_q_group + in_group * call.Dp;
+    __builtin_memcpy(st.q_group + in_group * call.Dp, st.work.query, sizeof(T) * call.Dp);
+    int d = 0;
+    for (; d + 4 * W <= call.Dp; d += 4 * W) finish_columns<4>(st, d, dq, part);
+    for (; d < call.Dp; d += W) finish_columns<1>(st, d, dq, part);
+    if (in_group == W - 1 || user + 1 == st.work.users.end) finish_group(st, user - in_group, (int)in_group + 1, part);
+  }
+  // what comes from d c, for up to W candidates at once: d A_q += d c q', d q += A_q' d c
+  void finish_group(State& st, int64_t first, int n, Partial<T>& part) const {
+    Work<T>& work = st.work;
+    const int H = call.H[0];
+    outer<T>(work.ahead, H, call.Dp, n, st.d_c_group, 0, st.q_group, call.Dp, part.d_a_q, call.Dp);
+    if (!pass.d_query) return;
+    for (int h = 0; h < H; h++)
+      for (int i = n; i < W; i++) st.d_c_group[h * W + i] = 0;
+    product<T>(work.ahead, 1, call.Dp, H, call.a_q, call.Dp, st.d_c_group, 0, st.d_k, 0, st.zero);
+    Work<T>::panel_to_rows(st.d_k, call.Dp, 1, call.Dp, st.row);
+    for (int i = 0; i < n; i++)
+      for (int d = 0; d < call.D; d++)
+        pass.d_query[(first + i) * call.D + d] = st.d_q_group[i * call.Dp + d] + st.row[i * call.Dp + d];
   }
 
   // where the sum of a layer's dz goes: its bias's gradient, or the candidate's d c
@@ -755,14 +841,14 @@ template <class T> struct Backward {
     Work<T>& work = st.work;
     const int H = call.H[layer], below = layer - 1, Hb = call.H[below];
     const T* z = work.z_panel(below);
-    product<T>(work.vectors, Hb, H, u.layer[layer].weight, Hb, st.dz, (int64_t)H * W, st.da, (int64_t)Hb * W, st.zero);
+    product<T>(work.ahead, work.vectors, Hb, H, u.layer[layer].weight, Hb, st.dz, (int64_t)H * W, st.da, (int64_t)Hb * W, st.zero);
     const bool ends = pass.to == below;
-    call.act[below]->backward(call.params[below], {work.vectors, work.n, z, st.da, nullptr, ends ? pass.local_out + work.panel_at(below) : st.da,
+    call.act[below]->backward(work.ahead, call.params[below], {work.vectors, work.n, z, st.da, nullptr, ends ? pass.local_out + work.panel_at(below) : st.da,
                                                    nullptr, nullptr, ends ? nullptr : dz_sum(st, below),
                                                    pass.d_weight[layer] ? work.a[below] : nullptr, st.waiting.sums[below], nullptr, work.row_space});
     if (pass.d_weight[layer]) {
       Work<T>::panel_to_rows(work.a[below], Hb, work.vectors, call.Hp[below], st.a_rows);
-      outer<T>(H, call.Hp[below], work.n, st.dz, (int64_t)H * W, st.a_rows, call.Hp[below], current->d_weight[layer], call.Hp[below]);
+      outer<T>(work.ahead, H, call.Hp[below], work.n, st.dz, (int64_t)H * W, st.a_rows, call.Hp[below], current->d_weight[layer], call.Hp[below]);
     }
     T* swap = st.dz;
     st.dz = st.da;
@@ -778,7 +864,7 @@ template <class T> struct Backward {
       const bool ends = pass.to == top;
       const int what = (st.waiting.sums[top] || st.waiting.score_weight ? kTakeSums : 0) | (ends ? 0 : kWriteDz);
       const T* d_logit = pass.d_logit + work.seg.first_panel_row + work.block * W;
-      call.act[top]->backward_last[what](call.params[top], {work.vectors, work.n, z, d_logit, u.score_weight, st.dz, call.e0[top], call.e1[top],
+      call.act[top]->backward_last[what](work.ahead, call.params[top], {work.vectors, work.n, z, d_logit, u.score_weight, st.dz, call.e0[top], call.e1[top],
                                                             dz_sum(st, top), nullptr, st.waiting.sums[top], st.waiting.score_weight, work.row_space});
       if (ends) return;
     } else {
@@ -788,14 +874,14 @@ template <class T> struct Backward {
     if (!to_inputs) return;
     if (weights) {
       work.need_rows();
-      outer<T>(call.H[0], call.Dp, work.n, st.dz, (int64_t)call.H[0] * W, work.rows, work.row_stride, st.d_m, call.Dp);
+      outer<T>(work.ahead, call.H[0], call.Dp, work.n, st.dz, (int64_t)call.H[0] * W, work.rows, work.row_stride, st.d_m, call.Dp);
     }
     if (pass.d_history) history_gradient(st);
   }
 
   void chunk(Cut users, Partial<T>& part) {
     Scratch s;
-    State st(*this, s);
+    State st(*this, users, s);
     for (int64_t user = users.begin; user < users.end; user++) {
       Work<T>& work = st.work;
       work.begin(user);
@@ -806,9 +892,11 @@ template <class T> struct Backward {
       if (to_inputs) begin_inputs(st);
       for (int64_t v = 0; v < work.all_vectors(); v += size) {
         work.enter(v, size);
+        work.look_ahead(size);
         block(st);
         if ((st.waiting.positions += work.n) >= kFlush) flush(st.waiting, part);
       }
+      if (pass.local_out) work.clear_tail(pass.to, pass.local_out);
       if (!to_inputs) continue;
       if (pass.d_history)
         __builtin_memset(pass.d_history + (seg.first_row + seg.rows) * call.D, 0, sizeof(T) * (seg.total - seg.rows) * call.D);

@@ -3,6 +3,27 @@
 
 template <class T> constexpr int kAccumulators = DIN_FAST_ACCUMULATORS;
 
+// What the next block will read and write, asked for a few lines at a time from inside the loops over the current one:
+// histories and kept panels stream through the cache once a pass, and waiting for them would cost as much as the work.
+struct Ahead {
+  static constexpr int kMost = 6, kLine = 64;
+  const char *next[kMost], *end[kMost];
+  int ranges = 0, at = 0;
+  void clear() { ranges = at = 0; }
+  void add(const void* p, int64_t bytes) {
+    if (bytes <= 0 || ranges == kMost) return;
+    next[ranges] = static_cast<const char*>(p);
+    end[ranges++] = static_cast<const char*>(p) + bytes;
+  }
+  DIN_FAST_INLINE void go(int lines) {
+    for (; at < ranges; at++) {
+      for (; lines > 0 && next[at] < end[at]; lines--, next[at] += kLine) __builtin_prefetch(next[at], 0, 2);
+      if (next[at] < end[at]) return;
+    }
+  }
+};
+constexpr int kAheadTile = 16, kAheadUnit = 12;  // lines a microkernel tile, a hidden unit of an activation
+
 // C[v][i] = init[i] (or C[v][i] itself where init is null) + sum_k A[k * lda + i] B[v][k], for R rows and N vectors
 template <class T, int R, int N>
 DIN_FAST_INLINE void product_tile(int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
@@ -32,30 +53,32 @@ DIN_FAST_INLINE void product_tile(int K, const T* A, int64_t lda, const T* B, in
 constexpr int smaller_tile(int r) { return r > 16 ? 12 : r > 8 ? 8 : r > 4 ? 4 : r > 2 ? 2 : 1; }
 
 template <class T, int R, int N>
-static void product_rows(int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
+static void product_rows(Ahead& ahead, int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
   int i = 0;
-  for (; i + R <= M; i += R)
+  for (; i + R <= M; i += R) {
+    ahead.go(kAheadTile);
     product_tile<T, R, N>(K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
+  }
   if constexpr (R > 1)
     if (i < M)
-      product_rows<T, smaller_tile(R), N>(M - i, K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
+      product_rows<T, smaller_tile(R), N>(ahead, M - i, K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
 }
 
 template <class T>
-static void product(int vectors, int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
+static void product(Ahead& ahead, int vectors, int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
   constexpr int kAcc = kAccumulators<T>;
   for (int v = 0; v < vectors;) {
     const int left = vectors - v;
     const T* b = B + v * b_vector;
     T* c = C + v * c_vector;
     if (left >= 3 && left != 4) {
-      product_rows<T, kAcc / 3, 3>(M, K, A, lda, b, b_vector, c, c_vector, init);
+      product_rows<T, kAcc / 3, 3>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
       v += 3;
     } else if (left >= 2) {
-      product_rows<T, kAcc / 2, 2>(M, K, A, lda, b, b_vector, c, c_vector, init);
+      product_rows<T, kAcc / 2, 2>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
       v += 2;
     } else {
-      product_rows<T, kAcc, 1>(M, K, A, lda, b, b_vector, c, c_vector, init);
+      product_rows<T, kAcc, 1>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
       v += 1;
     }
   }
@@ -92,27 +115,30 @@ DIN_FAST_INLINE void outer_tile(int n, const T* A, int64_t a_vector, const T* X,
 }
 
 template <class T, int R, int N>
-static void outer_rows(int M, int n, const T* A, int64_t a_vector, const T* X, int64_t ldx, T* C, int64_t ldc) {
+static void outer_rows(Ahead& ahead, int M, int n, const T* A, int64_t a_vector, const T* X, int64_t ldx, T* C, int64_t ldc) {
   int i = 0;
-  for (; i + R <= M; i += R) outer_tile<T, R, N>(n, A + i * kLanes<T>, a_vector, X, ldx, C + i * ldc, ldc);
+  for (; i + R <= M; i += R) {
+    ahead.go(kAheadTile);
+    outer_tile<T, R, N>(n, A + i * kLanes<T>, a_vector, X, ldx, C + i * ldc, ldc);
+  }
   if constexpr (R > 1)
-    if (i < M) outer_rows<T, smaller_tile(R), N>(M - i, n, A + i * kLanes<T>, a_vector, X, ldx, C + i * ldc, ldc);
+    if (i < M) outer_rows<T, smaller_tile(R), N>(ahead, M - i, n, A + i * kLanes<T>, a_vector, X, ldx, C + i * ldc, ldc);
 }
 
 // columns: a multiple of the lanes
 template <class T>
-static void outer(int M, int columns, int n, const T* A, int64_t a_vector, const T* X, int64_t ldx, T* C, int64_t ldc) {
+static void outer(Ahead& ahead, int M, int columns, int n, const T* A, int64_t a_vector, const T* X, int64_t ldx, T* C, int64_t ldc) {
   constexpr int W = kLanes<T>, kAcc = kAccumulators<T>;
   for (int j = 0; j < columns;) {
     const int left = (columns - j) / W;
     if (left >= 3 && left != 4) {
-      outer_rows<T, kAcc / 3, 3>(M, n, A, a_vector, X + j, ldx, C + j, ldc);
+      outer_rows<T, kAcc / 3, 3>(ahead, M, n, A, a_vector, X + j, ldx, C + j, ldc);
       j += 3 * W;
     } else if (left >= 2) {
-      outer_rows<T, kAcc / 2, 2>(M, n, A, a_vector, X + j, ldx, C + j, ldc);
+      outer_rows<T, kAcc / 2, 2>(ahead, M, n, A, a_vector, X + j, ldx, C + j, ldc);
       j += 2 * W;
     } else {
-      outer_rows<T, kAcc, 1>(M, n, A, a_vector, X + j, ldx, C + j, ldc);
+      outer_rows<T, kAcc, 1>(ahead, M, n, A, a_vector, X + j, ldx, C + j, ldc);
       j += W;
     }
   }
