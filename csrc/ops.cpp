@@ -89,7 +89,7 @@ template <class T> constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Flo
 
 template <class T> Tensor new_tensor(std::vector<int64_t> sizes) { return torch::stable::empty(sizes, kType<T>); }
 
-// Memory of what lives from forward to backward. It is large and comes back every step; from malloc it would come as
+// Memory of kept panels and of the history's gradient. It is large and comes back every step; from malloc it would come as
 // fresh pages each time, which costs more than the work on them. Blocks are kept for the next step up to a limit.
 class Pool {
  public:
@@ -131,12 +131,14 @@ class Pool {
   size_t held_ = 0;
 };
 
-// A flat tensor of n numbers that lives until the backward is done.
-template <class T> Tensor kept_tensor(int64_t n) {
-  size_t bytes = n * sizeof(T);
-  if (bytes < (1 << 20)) return new_tensor<T>({n});
+// A tensor that comes and goes with every step.
+template <class T> Tensor kept_tensor(std::vector<int64_t> sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
+  size_t bytes = strides[0] * sizes[0] * sizeof(T);
+  if (bytes < (1 << 20)) return new_tensor<T>(sizes);
   void* p = Pool::get().take(bytes);
-  return torch::stable::from_blob(p, {n}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), kType<T>,
+  return torch::stable::from_blob(p, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), kType<T>,
                                   [p, bytes](void*) { Pool::get().give_back(p, bytes); });
 }
 template <class T> Tensor nothing() { return new_tensor<T>({0}); }
@@ -344,7 +346,7 @@ Tensors native_moments(const Tensor& history, const MaybeTensor& starts, const M
     a.statistics({}, kept, nullptr);
     const int64_t units = a.unit.layer[layer].units;
     Tensor count = torch::stable::empty({}, ScalarType::Double), mean = new_tensor<T>({units}), m2 = new_tensor<T>({units});
-    Tensor panels = keep ? kept_tensor<T>(a.panel_total * units) : nothing<T>();
+    Tensor panels = keep ? kept_tensor<T>({a.panel_total * units}) : nothing<T>();
     kernels<T>().moments(a.unit, (int)layer, {data<double>(count), data<T>(mean), data<T>(m2), keep ? data<T>(panels) : nullptr}, parallel);
     return {count, mean, m2, panels};
   });
@@ -424,12 +426,12 @@ Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_sc
       out[i] = new_tensor<T>(sizes);
       return data<T>(out[i]);
     };
-    auto keep = [&](size_t i, int64_t n) {
-      out[i] = kept_tensor<T>(n);
+    auto keep = [&](size_t i, std::vector<int64_t> sizes) {
+      out[i] = kept_tensor<T>(std::move(sizes));
       return data<T>(out[i]);
     };
     if (pass.first) {
-      pass.d_logit = keep(logit, a.panel_total);
+      pass.d_logit = keep(logit, {a.panel_total});
       if (need_weights) {
         pass.d_score_weight = give(weights.size(), {u.layer[u.layers - 1].units});
         pass.d_score_bias = give(weights.size() + 1, {1});
@@ -442,7 +444,7 @@ Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_sc
         pass.local_in = data<T>(local[1]);
       }
     }
-    if (to >= 0 && to < u.layers - 1) pass.local_out = keep(logit + 1, a.panel_total * u.layer[to].units);
+    if (to >= 0 && to < u.layers - 1) pass.local_out = keep(logit + 1, {a.panel_total * u.layer[to].units});
     for (int i = (int)from; i >= 0 && i >= to; i--) {
       const int64_t units = u.layer[i].units;
       if (!u.layer[i].sums) pass.sums[i] = give(first_sum + i, {kSums, units});
@@ -460,9 +462,9 @@ Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_sc
       if (need_query) pass.d_query = give(1, {u.users, u.dim});
       if (need_history) {
         if (a.ragged)
-          pass.d_history = give(0, {history.size(0), u.dim});
+          pass.d_history = keep(0, {history.size(0), u.dim});
         else
-          pass.d_history = give(0, {u.users, u.length, u.dim});
+          pass.d_history = keep(0, {u.users, u.length, u.dim});
         if (a.ragged) torch::stable::zero_(out[0]);
       }
     }

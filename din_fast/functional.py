@@ -76,7 +76,7 @@ def run(
     for.
     """
     segs = segments.prepare(query, history, mask, lengths, query_name, emb_dim)
-    segments.check_parameters(parameters, spec, history)
+    flat = segments.check_parameters(parameters, spec, history)
     chosen = dispatch.choose(backend, history)
     batch_statistics = reference.uses_batch_statistics(parameters)
     if batch_statistics:
@@ -86,9 +86,10 @@ def run(
         valid = segments.valid_positions(segs)
         return Result(*reference.activation_unit(query, history, parameters, spec, valid), chosen)
     query = segments.unit_stride(query)
-    if batch_statistics or (torch.is_grad_enabled() and _any_requires_grad(query, history, parameters)):
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, history, *flat))
+    if batch_statistics or needs_grad:
         return Result(*_with_gradient(chosen, query, segs, parameters, spec, batch_statistics), chosen)
-    return Result(*_infer(chosen, query, segs, parameters, spec), chosen)
+    return Result(*_infer(chosen, query, segs, parameters.hidden, flat, spec), chosen)
 
 
 # z of the layers with batch statistics is kept for the backward up to this; beyond, it is computed again in each pass.
@@ -96,24 +97,17 @@ KEEP_LIMIT_BYTES = 1 << 30
 
 
 def _infer(
-    backend: str, query: Tensor, segs: segments.Segments, parameters: UnitParameters, spec: UnitSpec
+    backend: str,
+    query: Tensor,
+    segs: segments.Segments,
+    hidden: tuple[HiddenLayer, ...],
+    flat: list[Tensor | None],
+    spec: UnitSpec,
 ) -> tuple[Tensor, Tensor]:
     """Evaluation without gradient: one op, which folds the raw parameters itself."""
-    tensors: list[Tensor | None] = []
-    eps: list[float] = []
-    for layer in parameters.hidden:
-        tensors += [layer.weight, layer.bias]
-        for norm in (layer.norm, layer.gate_norm):
-            if norm is None:
-                tensors += [None, None, None, None]
-                eps.append(0.0)
-            else:
-                tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-                eps.append(norm.eps)
-        tensors.append(layer.slope)
-    tensors += [parameters.weight, parameters.bias]
+    eps = [0.0 if norm is None else norm.eps for layer in hidden for norm in (layer.norm, layer.gate_norm)]
     pooled, weights = ops.call(
-        backend, "infer", *segs_arguments(segs, query), tensors, fold.block_table(spec.blocks), eps,
+        backend, "infer", *segs_arguments(segs, query), flat, fold.block_table(spec.blocks), eps,
         *_activation(spec), *_score(spec),
     )  # fmt: skip
     return pooled, weights
@@ -202,14 +196,3 @@ def _score(spec: UnitSpec) -> tuple[int, bool, int, int]:
 def _flat(affines: list[fold.Affine], layers: int, absent: Tensor) -> list[Tensor]:
     flat = [absent if t is None else t for affine in affines for t in affine[: ops.AFFINES]]
     return flat + [absent] * (ops.AFFINES * layers - len(flat))
-
-
-def _any_requires_grad(query: Tensor, history: Tensor, parameters: UnitParameters) -> bool:
-    if query.requires_grad or history.requires_grad or parameters.weight.requires_grad:
-        return True
-    tensors = [parameters.bias]
-    for layer in parameters.hidden:
-        tensors += [layer.weight, layer.bias, layer.slope]
-        for norm in (layer.norm, layer.gate_norm):
-            tensors += [] if norm is None else [norm.weight, norm.bias]
-    return any(t is not None and t.requires_grad for t in tensors)

@@ -166,18 +166,29 @@ class MLP(nn.Module):
         return self.mlp(x)
 
     def unit_parameters(self) -> UnitParameters:
-        """The parameters and statistics holders of the layers, as the functional form takes them."""
-        *hidden, last = (m for m in self.mlp if isinstance(m, nn.Linear))
-        norms = [m for m in self.mlp if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        gates = [m for m in self.mlp if isinstance(m, RowDice | BatchDice | nn.PReLU)]
-        layers = []
-        for i, linear in enumerate(hidden):
-            gate = gates[i] if gates else None
-            slope = None if gate is None else gate.weight if isinstance(gate, nn.PReLU) else gate.alpha
-            layers.append(
-                HiddenLayer(linear.weight, linear.bias, norms[i] if norms else None, getattr(gate, "bn", None), slope)
-            )
-        return UnitParameters(tuple(layers), last.weight, last.bias)
+        """The parameters and statistics holders of the layers, as the functional form takes them.
+
+        Read at each call, in one pass, from the modules that are there now: they may be replaced, as
+        ``convert_sync_batchnorm`` does.
+        """
+        hidden: list[HiddenLayer] = []
+        linear: nn.Linear | None = None
+        norm = gate_norm = slope = None
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                if linear is not None:
+                    hidden.append(HiddenLayer(linear.weight, linear.bias, norm, gate_norm, slope))
+                linear, norm, gate_norm, slope = module, None, None, None
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                norm = module
+            elif isinstance(module, nn.PReLU):
+                slope = module.weight
+            elif isinstance(module, RowDice):
+                slope = module.alpha
+            elif isinstance(module, BatchDice):
+                gate_norm, slope = module.bn, module.alpha
+        assert linear is not None
+        return UnitParameters(tuple(hidden), linear.weight, linear.bias)
 
 
 class ActivationUnit(nn.Module):

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from din_fast.spec import UnitParameters, UnitSpec
 
 FLOATS = (torch.float32, torch.float64)
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Segments(NamedTuple):
@@ -41,14 +42,24 @@ def unit_stride(t: Tensor) -> Tensor:
 
 
 def prepare(
-    query: Tensor, history: Tensor, mask: Tensor | None, lengths: Tensor | None, query_name: str = "query"
+    query: Tensor,
+    history: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    query_name: str = "query",
+    emb_dim: int | None = None,
 ) -> Segments:
-    """Check the four inputs of a dense call, (B, D), (B, L, D), (B, L) and (B,), and describe them as segments."""
+    """Check the four inputs of a dense call, (B, D), (B, L, D), (B, L) and (B,), and describe them as segments.
+
+    ``query_name`` is what the caller calls the query; ``emb_dim``, where it is given, is the only D allowed.
+    """
     _tensor("history", history)
     _tensor(query_name, query)
     if history.dim() != 3:
         raise ValueError(f"history: expected 3 dimensions (batch, length, dim), got shape {tuple(history.shape)}")
     batch, length, dim = history.shape
+    if emb_dim is not None and dim != emb_dim:
+        raise ValueError(f"history: expected dim {emb_dim} (emb_dim), got {dim}")
     if query.dim() != 2:
         raise ValueError(f"{query_name}: expected 2 dimensions (batch, dim), got shape {tuple(query.shape)}")
     if tuple(query.shape) != (batch, dim):
@@ -97,37 +108,31 @@ def valid_positions(segments: Segments) -> Tensor | None:
     return within if segments.mask is None else within & segments.mask
 
 
-def check_parameters(parameters: UnitParameters, spec: UnitSpec, history: Tensor) -> None:
-    """Check that the parameters are those of the spec, of the history's dtype and on its device."""
+def check_parameters(parameters: UnitParameters, spec: UnitSpec, history: Tensor) -> list[Tensor | None]:
+    """Check that the parameters are those of the spec, of the history's dtype and on its device.
+
+    Returns them flat, as ``infer`` takes them, since reading a module's tensor costs more than its check: a hidden
+    layer's weight and bias, weight, bias, running mean and variance of its norm and of its gate's norm, and slope;
+    in the end the last Linear's weight and bias.
+    """
     if len(parameters.hidden) != len(spec.hidden_units):
         raise ValueError(
             f"parameters: expected {len(spec.hidden_units)} hidden layers as the spec has, got {len(parameters.hidden)}"
         )
+    flat: list[Tensor | None] = []
     inputs = len(spec.blocks) * history.shape[-1]
     for i, (layer, units) in enumerate(zip(parameters.hidden, spec.hidden_units, strict=True)):
-        _parameter(f"parameters.hidden[{i}].weight", layer.weight, (units, inputs), history)
-        _parameter(f"parameters.hidden[{i}].bias", layer.bias, (units,), history)
-        if (layer.slope is None) == spec.has_slope:
-            raise ValueError(
-                f"parameters.hidden[{i}].slope: expected {'a tensor' if spec.has_slope else 'None'} for the activation "
-                f"{spec.activation}, got {layer.slope if layer.slope is None else 'a tensor'}"
-            )
-        if layer.slope is not None:
-            if layer.slope.numel() not in (1, units):
-                raise ValueError(
-                    f"parameters.hidden[{i}].slope: expected 1 or {units} elements, "
-                    f"got shape {tuple(layer.slope.shape)}"
-                )
-            _parameter(f"parameters.hidden[{i}].slope", layer.slope, tuple(layer.slope.shape), history)
-        if (layer.norm is not None) != spec.batch_norm:
-            raise ValueError(
-                f"parameters.hidden[{i}].norm: expected {'a BatchNorm' if spec.batch_norm else 'None'} as the spec says"
-            )
-        if (layer.gate_norm is not None) != (spec.activation == "dice_batch"):
-            raise ValueError(f"parameters.hidden[{i}].gate_norm: expected a BatchNorm for dice_batch only")
+        name = f"parameters.hidden[{i}]"
+        _parameter(name, "weight", layer.weight, (units, inputs), history)
+        _parameter(name, "bias", layer.bias, (units,), history)
+        _slope(name, layer.slope, units, spec, history)
+        norm = _norm(f"{name}.norm", layer.norm, units, spec.batch_norm, history)
+        gate = _norm(f"{name}.gate_norm", layer.gate_norm, units, spec.activation == "dice_batch", history)
+        flat += [layer.weight, layer.bias, *norm, *gate, layer.slope]
         inputs = units
-    _parameter("parameters.weight", parameters.weight, (1, inputs), history)
-    _parameter("parameters.bias", parameters.bias, (1,), history)
+    _parameter("parameters", "weight", parameters.weight, (1, inputs), history)
+    _parameter("parameters", "bias", parameters.bias, (1,), history)
+    return [*flat, parameters.weight, parameters.bias]
 
 
 def check_batch_statistics(history: Tensor) -> None:
@@ -149,12 +154,39 @@ def _same_device(name: str, t: Tensor, history: Tensor) -> None:
         raise ValueError(f"{name}: expected device {history.device} as the history has, got {t.device}")
 
 
-def _parameter(name: str, t: Tensor | None, shape: tuple[int, ...], history: Tensor) -> None:
+def _slope(owner: str, slope: Tensor | None, units: int, spec: UnitSpec, history: Tensor) -> None:
+    if (slope is None) == spec.has_slope:
+        raise ValueError(
+            f"{owner}.slope: expected {'a tensor' if spec.has_slope else 'None'} for the activation {spec.activation}, "
+            f"got {slope if slope is None else 'a tensor'}"
+        )
+    if slope is not None:
+        if slope.numel() not in (1, units):
+            raise ValueError(f"{owner}.slope: expected 1 or {units} elements, got shape {tuple(slope.shape)}")
+        _parameter(owner, "slope", slope, slope.shape, history)
+
+
+def _norm(
+    owner: str, norm: nn.modules.batchnorm._BatchNorm | None, units: int, wanted: bool, history: Tensor
+) -> tuple[Tensor | None, ...]:
+    if (norm is not None) != wanted:
+        raise ValueError(
+            f"{owner}: expected {'a BatchNorm' if wanted else 'None'} as the spec says, got {type(norm).__name__}"
+        )
+    if norm is None:
+        return (None,) * len(NORM_TENSORS)
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    for field, t in zip(NORM_TENSORS, tensors, strict=True):
+        _parameter(owner, field, t, (units,), history)
+    return tensors
+
+
+def _parameter(owner: str, field: str, t: Tensor | None, shape: tuple[int, ...], history: Tensor) -> None:
     if t is None:
         return
-    if tuple(t.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+    if t.shape != shape:
+        raise ValueError(f"{owner}.{field}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
     if t.dtype != history.dtype:
-        raise TypeError(f"{name}: expected {history.dtype} as the history has, got {t.dtype}")
+        raise TypeError(f"{owner}.{field}: expected {history.dtype} as the history has, got {t.dtype}")
     if t.device != history.device:
-        raise ValueError(f"{name}: expected device {history.device} as the history has, got {t.device}")
+        raise ValueError(f"{owner}.{field}: expected device {history.device} as the history has, got {t.device}")

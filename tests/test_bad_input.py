@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from din_fast import FusedActivationUnit, HiddenLayer, UnitParameters, activation_unit, preset
+from din_fast import FusedActivationUnit, HiddenLayer, UnitParameters, UnitSpec, activation_unit, preset
 from tests.test_statistics import unchanged
 from tests.truth import fused_unit
 
@@ -99,6 +99,27 @@ def test_the_functional_form_calls_the_target_query(
         activation_unit(**arguments, parameters=parameters, spec=unit.spec, backend=any_backend)
 
 
+def test_the_modules_own_size_is_named_for_inputs_of_another(any_backend: str) -> None:
+    unit = fused_unit(preset("rechub", [6]), D, any_backend).train()
+    for target_dim in (D, D + 1):
+        with unchanged(unit), pytest.raises(ValueError, match=rf"^history: expected dim {D} \(emb_dim\), got {D + 1}$"):
+            unit(torch.randn(B, L, D + 1), torch.randn(B, target_dim))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("field", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("norm", ["norm", "gate_norm"])
+def test_every_tensor_of_a_norm_is_checked(norm: str, field: str, training: bool, any_backend: str) -> None:
+    """One value would do for all units by broadcasting."""
+    unit = fused_unit(UnitSpec((6,), activation="dice_batch", batch_norm=True, dice_affine=True), D, any_backend)
+    module = getattr(unit.train(training).attention.unit_parameters().hidden[0], norm)
+    wrong = torch.ones(1)
+    setattr(module, field, torch.nn.Parameter(wrong) if field in ("weight", "bias") else wrong)
+    message = rf"^parameters.hidden\[0\].{norm}.{field}: expected shape \(6,\), got \(1,\)$"
+    with unchanged(unit), pytest.raises(ValueError, match=message):
+        unit(torch.randn(B, L, D), torch.randn(B, D))
+
+
 def test_inputs_of_another_dtype_than_the_parameters(any_backend: str) -> None:
     unit = fused_unit(preset("rechub", [6]), D, any_backend).train()
     with unchanged(unit), pytest.raises(TypeError, match=r"expected .*float.* got .*float"):
@@ -167,7 +188,26 @@ def parameters_of(**changes: Any) -> UnitParameters:
         (r"hidden\[0\].slope: expected 1 or 6 elements, got shape \(3,\)", ValueError, {"layer_slope": torch.ones(3)}),
         (r"hidden\[0\].norm: expected None", ValueError, {"layer_norm": torch.nn.BatchNorm1d(6)}),
         (r"hidden\[0\].gate_norm: expected", ValueError, {"layer_gate_norm": None}),
-        (r"gate_norm.*: expected .*6.* got .*5", ValueError, {"layer_gate_norm": torch.nn.BatchNorm1d(5)}),
+        (
+            r"^parameters.hidden\[0\].gate_norm.weight: expected shape \(6,\), got \(5,\)",
+            ValueError,
+            {"layer_gate_norm": torch.nn.BatchNorm1d(5)},
+        ),
+        (
+            r"^parameters.hidden\[0\].gate_norm.running_mean: expected shape \(6,\), got \(5,\)",
+            ValueError,
+            {"layer_gate_norm": torch.nn.BatchNorm1d(5, affine=False)},
+        ),
+        (
+            r"^parameters.hidden\[0\].gate_norm.weight: expected torch.float32 .* got torch.float64",
+            TypeError,
+            {"layer_gate_norm": torch.nn.BatchNorm1d(6, dtype=torch.float64)},
+        ),
+        (
+            r"^parameters.hidden\[0\].gate_norm.weight: expected device cpu .* got meta",
+            ValueError,
+            {"layer_gate_norm": torch.nn.BatchNorm1d(6, device="meta")},
+        ),
         (r"parameters.weight: expected shape \(1, 6\), got \(2, 6\)", ValueError, {"weight": torch.ones(2, 6)}),
         (r"parameters.bias: expected shape \(1,\), got \(6,\)", ValueError, {"bias": torch.ones(6)}),
         (r"parameters.weight: expected .*float32.* got .*float64", TypeError, {"weight": torch.ones(1, 6).double()}),

@@ -156,11 +156,3 @@ def test_running_statistics_move_as_torch_moves_them(momentum: float | None, tra
         fold.update_running_statistics(norm, z.mean(0), z.var(0, unbiased=False), count)
     for name, right in twin.named_buffers():
         assert_near(name, norm.get_buffer(name), right, 1e-12)
-
-
-def test_running_statistics_stay_when_there_was_nothing_to_count() -> None:
-    norm = nn.BatchNorm1d(H)
-    before = copy.deepcopy(norm.state_dict())
-    fold.update_running_statistics(norm, torch.zeros(H), torch.zeros(H), torch.zeros(()))
-    for name in ("running_mean", "running_var"):
-        assert torch.equal(norm.get_buffer(name), before[name]), name

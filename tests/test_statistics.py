@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from din_fast import preset, reference
+from din_fast import functional, ops, preset, reference
 from tests.truth import Case, assert_near, call, check_parity, draw, fused_unit, randomise
 
 BOTH = preset("fuxictr", [16, 9], batch_norm=True)  # a BatchNorm in front of the activation and one inside Dice
@@ -94,6 +95,33 @@ def test_every_norm_follows_its_own_settings(
 ) -> None:
     """A frozen BatchNorm in a training model, momentum=None, track_running_stats=False, and their mixtures."""
     check_parity(Case(NORMED[name], (6, 21, 9), "mask", training), backend, dtype, adjust)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hidden", [(13,), (16, 9)], ids=str)
+@pytest.mark.parametrize("framework", ["rechub", "fuxictr", "deepctr"])
+def test_parity_where_z_is_computed_again_in_each_pass(
+    framework: str,
+    hidden: tuple[int, ...],
+    dtype: torch.dtype,
+    backend: str,
+    cpu: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As beyond the limit on what is kept for the backward."""
+    monkeypatch.setattr(functional, "KEEP_LIMIT_BYTES", 0)
+    asked: list[int] = []
+
+    def call_and_note(backend: str, name: str, *arguments: Any) -> list[Tensor]:
+        result = ops_call(backend, name, *arguments)
+        if name == "moments":
+            asked.append(result[-1].numel())
+        return result
+
+    ops_call = ops.call
+    monkeypatch.setattr(ops, "call", call_and_note)
+    check_parity(Case(preset(framework, hidden), (6, 37, 9), "mask"), backend, dtype)
+    assert asked and not any(asked)
 
 
 @pytest.mark.parametrize("adjust", [None, *ADJUSTMENTS], ids=lambda f: "as built" if f is None else f.__name__)

@@ -15,6 +15,7 @@ from torch_rechub.models.ranking.din import ActivationUnit as RechubUnit
 import din_fast
 from din_fast import FusedActivationUnit, dispatch, preset
 from din_fast.backends import native
+from din_fast.reference import BatchDice
 from tests.truth import SPECS, Case, call, draw, fused_unit
 
 D = 6
@@ -117,6 +118,29 @@ def test_weights_are_never_cached(backend: str) -> None:
             assert not any(torch.allclose(out, other) for other in seen[:i]), i
         unit.load_state_dict(fused_unit(preset("rechub", [8]), D, backend).state_dict())
         torch.testing.assert_close(call(unit, INPUTS), seen[0])
+
+
+def test_layers_are_read_at_each_call(backend: str) -> None:
+    """Children and parameters that are put in the place of others count at the next call."""
+    unit = fused_unit(preset("deepctr", [8]), D, backend).eval()
+    right = fused_unit(preset("deepctr", [8]), D, backend).eval()
+    with torch.no_grad():
+        for p in right.parameters():
+            p.mul_(1.5)
+        for b in right.buffers():
+            b.mul_(2)
+        call(unit, INPUTS)
+        for mine, other in zip(list(unit.modules()), list(right.modules()), strict=True):
+            if isinstance(mine, nn.Linear):
+                assert isinstance(other, nn.Linear)
+                mine.weight, mine.bias = other.weight, other.bias
+            elif isinstance(mine, BatchDice):
+                assert isinstance(other, BatchDice)
+                mine.alpha, mine.bn = other.alpha, other.bn
+        assert torch.equal(call(unit, INPUTS), call(right, INPUTS))
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(unit))
+        assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
+        assert torch.equal(call(converted, INPUTS), call(right, INPUTS))
 
 
 def test_repr_says_what_it_computes() -> None:

@@ -208,8 +208,8 @@ template <class T> Segment<T> segment_of(const Unit<T>& u, int64_t user) {
 }
 
 template <class T> T pooling_scale(const Unit<T>& u, const Segment<T>& s) {
-  const int64_t n = u.pooling == kMean ? s.total : u.pooling == kMeanValid ? (s.valid > 0 ? s.valid : 1) : 1;
-  return T(1) / T(n);
+  const int64_t n = u.pooling == kMean ? s.total : u.pooling == kMeanValid ? s.valid : 1;
+  return T(1) / T(n > 0 ? n : 1);
 }
 
 struct Cut { int64_t begin, end; };

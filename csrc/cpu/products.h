@@ -17,7 +17,7 @@ struct Ahead {
   }
   DIN_FAST_INLINE void go(int lines) {
     for (; at < ranges; at++) {
-      for (; lines > 0 && next[at] < end[at]; lines--, next[at] += kLine) __builtin_prefetch(next[at], 0, 2);
+      for (; lines > 0 && next[at] < end[at]; lines--, next[at] += kLine) __builtin_prefetch(next[at], 0, 3);
       if (next[at] < end[at]) return;
     }
   }

@@ -18,7 +18,7 @@
 
 // An error may be kAllowed u S: u the unit roundoff, S the largest entry of a result or, of a gradient, the largest sum of
 // the magnitudes that add up to an entry.
-template <class T> constexpr double kAllowed = sizeof(T) == 4 ? 300 : 5000;  // the truth is a double too
+template <class T> constexpr double kAllowed = sizeof(T) == 4 ? 300 : 1000;  // the truth is a double too
 
 // ---------------------------------------------------------------- the kernel
 // Arrays of NaN that end where an unreadable page begins; the bytes in front of them have to stay as they are.
