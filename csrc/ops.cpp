@@ -157,6 +157,12 @@ template <class T> struct Arguments {
     held.push_back(dense(t));
     return data<T>(held.back());
   }
+  const double* hold_double(const char* name, const Tensor& t, std::vector<int64_t> sizes) {
+    if (t.numel() == 0) return nullptr;
+    Arguments<double>::expect(name, t, std::move(sizes));
+    held.push_back(dense(t));
+    return data<double>(held.back());
+  }
   const T* hold(const MaybeTensor& t) { return t.has_value() ? hold(*t) : nullptr; }
 
   void segments(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
@@ -270,8 +276,7 @@ template <class T> struct Arguments {
     STD_TORCH_CHECK(response.empty() || response.size() == (size_t)unit.layers, "response: expected one a layer, got ", response.size());
     STD_TORCH_CHECK(kept.size() <= (size_t)unit.layers, "kept: expected at most one a layer, got ", kept.size());
     for (size_t i = 0; i < response.size(); i++) {
-      if (response[i].numel()) expect("response", response[i], {2, 4, unit.layer[i].units});
-      unit.layer[i].response = hold(response[i]);
+      unit.layer[i].response = hold_double("response", response[i], {2, 4, unit.layer[i].units});
     }
     for (size_t i = 0; i < kept.size(); i++) {
       if (kept[i].numel() == 0) continue;
@@ -281,8 +286,7 @@ template <class T> struct Arguments {
     if (!sums) return;
     STD_TORCH_CHECK(sums->size() == (size_t)unit.layers, "sums: expected one a layer, got ", sums->size());
     for (size_t i = 0; i < sums->size(); i++) {
-      if ((*sums)[i].numel()) expect("sums", (*sums)[i], {kSums, unit.layer[i].units});
-      unit.layer[i].sums = hold((*sums)[i]);
+      unit.layer[i].sums = hold_double("sums", (*sums)[i], {kSums, unit.layer[i].units});
     }
   }
 
@@ -304,7 +308,7 @@ template <class T> struct Arguments {
     std::string want, got;
     for (int64_t s : sizes) want += std::to_string(s) + " ";
     for (int64_t i = 0; i < t.dim(); i++) got += std::to_string(t.size(i)) + " ";
-    STD_TORCH_CHECK(false, name, ": expected the dtype of history and sizes ", want, "- got sizes ", got);
+    STD_TORCH_CHECK(false, name, ": expected ", sizeof(T) == 4 ? "float32" : "float64", " and sizes ", want, "- got sizes ", got);
   }
 
   std::vector<int64_t> score_sizes() const { return ragged ? std::vector<int64_t>{rows} : std::vector<int64_t>{unit.users, unit.length}; }
@@ -447,7 +451,10 @@ Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_sc
     if (to >= 0 && to < u.layers - 1) pass.local_out = keep(logit + 1, {a.panel_total * u.layer[to].units});
     for (int i = (int)from; i >= 0 && i >= to; i--) {
       const int64_t units = u.layer[i].units;
-      if (!u.layer[i].sums) pass.sums[i] = give(first_sum + i, {kSums, units});
+      if (!u.layer[i].sums) {
+        out[first_sum + i] = new_tensor<double>({kSums, units});
+        pass.sums[i] = data<double>(out[first_sum + i]);
+      }
       if (i == to || !need_weights) continue;
       if (i) pass.d_weight[i] = give(2 + 2 * i + 2, {units, u.layer[i - 1].units});
       pass.d_bias[i] = give(2 + 2 * i + 3, {units});

@@ -33,8 +33,9 @@ struct Layer {
   const T* bias = nullptr;
   const T *center = nullptr, *norm_scale = nullptr, *norm_shift = nullptr;
   const T *gate_scale = nullptr, *gate_shift = nullptr, *slope = nullptr;
-  const T* response = nullptr;  // [2][4][units], where the layer has batch statistics: see fold.py
-  const T* sums = nullptr;      // [kSums][units], in the backward, once they are known
+  // In double: dz is what is left of two numbers that may be far larger, so their factors must agree to the last digit.
+  const double* response = nullptr;  // [2][4][units], where the layer has batch statistics: see fold.py
+  const double* sums = nullptr;      // [kSums][units], in the backward, once they are known
   const T* kept = nullptr;      // z of every position in panels, or null: then it is computed again
 };
 
@@ -88,7 +89,8 @@ struct BackwardPass {
   T* local_out = nullptr;             // the same of layer `to`
   T *d_history = nullptr, *d_query = nullptr;
   T *d_a_q = nullptr, *d_a_k = nullptr, *d_a_p = nullptr;
-  T *d_weight[kMaxLayers] = {}, *d_bias[kMaxLayers] = {}, *sums[kMaxLayers] = {};
+  T *d_weight[kMaxLayers] = {}, *d_bias[kMaxLayers] = {};
+  double* sums[kMaxLayers] = {};
   T *d_score_weight = nullptr, *d_score_bias = nullptr;
 };
 

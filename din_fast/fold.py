@@ -132,7 +132,7 @@ def _response(
     if gate_scale is not None and (batch_mode(gate) or batch_mode(norm)):
         gate_by_mean = gate_scale
     rows = [zero, by_mean, zero, gate_by_mean, -2 * scale_by_variance, zero, -2 * gate_by_variance, zero]
-    return torch.stack(rows).view(2, 4, -1) / count
+    return torch.stack(rows).view(2, 4, -1).to(torch.float64) / count
 
 
 def _times(weight: Tensor | None, x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ Arguments of the first four, beside the segments:
 
 weights    A_q, A_k, A_p (H1, D), b1; (W, b) of each further hidden layer; the score's weight (H,) and bias (1,)
 affine     six a hidden layer, (H,) or empty: center, norm_scale, norm_shift, gate_scale, gate_shift, slope
-response   one a hidden layer, (2, 4, H), or empty where the layer has no batch statistics
+response   one a hidden layer, (2, 4, H) float64, or empty where the layer has no batch statistics
 kept       one a hidden layer: z in panels, or empty where it is computed again
-sums       one a hidden layer, (5, H), or empty while unknown: sum dn (z - center), dn, dx (z - center), dx, d slope
+sums       one a hidden layer, (5, H) float64, or empty while unknown: sum dn (z - center), dn, dx (z - center), dx, d slope
 local      what one pass of the backward leaves to the next: d score, and dz of a layer without its statistics' answer
 (Lists hold tensors only: torch.library gives no gradient to a list with a None in it. Absent is empty.)
 
@@ -102,7 +102,7 @@ def _fake_backward_pass(
         out[-1] = empty(rows * units[to])
     for i in range(from_layer, max(to, 0) - 1, -1):
         if sums[i].numel() == 0:
-            out[first_sum + i] = empty((SUMS, units[i]))
+            out[first_sum + i] = empty((SUMS, units[i]), dtype=torch.float64)
         if i != to and need_weights:
             if i:
                 out[2 + 2 * i + 2] = empty(weights[2 * i + 2].shape)
@@ -170,7 +170,7 @@ def _forward_with_autograd(backend: str) -> Callable[..., list[Tensor]]:
                 out[2 + first_weight : 2 + first_affine] = d_weights
                 for i in range(len(response)):
                     # The center is a constant, the others have their sum.
-                    for j, row in enumerate(sums[i].unbind(), start=AFFINES * i + 1):
+                    for j, row in enumerate(sums[i].to(tensors[0].dtype).unbind(), start=AFFINES * i + 1):
                         out[2 + first_affine + j] = row if affine[j].numel() else None
             return tuple(out)
 
@@ -201,7 +201,7 @@ def _all_passes(
     weights, response = arguments[8], arguments[10]
     layers = len(response)
     reserved, numbers = rest[:3], rest[3:]
-    sums = [arguments[2].new_empty(0)] * layers
+    sums = [arguments[2].new_empty(0, dtype=torch.float64)] * layers
     local: list[Tensor] = []
     d_weights: list[Tensor | None] = [None] * len(weights)
     first_sum, top = 2 + len(weights), layers - 1

@@ -165,7 +165,7 @@ template <class T> struct Call {
       for (int k = 0; k < 2; k++)
         for (int j = 0; j < h; j++) {
           double sum = 0;
-          for (int r = 0; r < 4; r++) sum += (double)layer.response[(k * 4 + r) * h + j] * layer.sums[r * h + j];
+          for (int r = 0; r < 4; r++) sum += layer.response[(k * 4 + r) * h + j] * layer.sums[r * h + j];
           e[k * h + j] = (T)sum;
         }
       e0[i] = e;
@@ -907,8 +907,8 @@ template <class T> struct Backward {
 };
 
 // out[i][j] = sum over chunks, in order, in double
-template <class T, class P, class Get>
-void merge(int64_t chunks, int rows, int columns, int64_t ld, T* out, const P* parts, Get get) {
+template <class Out, class P, class Get>
+void merge(int64_t chunks, int rows, int columns, int64_t ld, Out* out, const P* parts, Get get) {
   if (!out) return;
   double sum[256];
   for (int i = 0; i < rows; i++)
@@ -919,7 +919,7 @@ void merge(int64_t chunks, int rows, int columns, int64_t ld, T* out, const P* p
         const auto* p = get(parts[c]) + i * ld + j0;
         for (int j = 0; j < n; j++) sum[j] += (double)p[j];
       }
-      for (int j = 0; j < n; j++) out[(int64_t)i * columns + j0 + j] = (T)sum[j];
+      for (int j = 0; j < n; j++) out[(int64_t)i * columns + j0 + j] = (Out)sum[j];
     }
 }
 

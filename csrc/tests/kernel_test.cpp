@@ -87,7 +87,7 @@ template <class T> class Run {
   Numbers by_norm[kMaxLayers], by_gate[kMaxLayers], gate_by_norm[kMaxLayers];
 
   T* copy(const std::string& key) { return p.in.count(key) ? memory.copy<T>(p.in.at(key)) : nullptr; }
-  void put(const std::string& key, const T* v, int64_t n) { results[key].assign(v, v + n); }
+  template <class N> void put(const std::string& key, const N* v, int64_t n) { results[key].assign(v, v + n); }
 
   void segments() {
     const int gap = c.strided ? 3 : 0;
@@ -135,7 +135,8 @@ template <class T> class Run {
     kernels.moments(u, i, {&count, mean, m2, kept}, parallel);
     put(name("mean", i), mean, units), put(name("m2_", i), m2, units);
     const bool norm = layer.norm_scale, gated = layer.gate_scale;
-    T *norm_scale = copy(name("norm_scale", i)), *gate_scale = copy(name("gate_scale", i)), *response = memory.take<T>(8 * units);
+    T *norm_scale = copy(name("norm_scale", i)), *gate_scale = copy(name("gate_scale", i));
+    double* response = memory.take<double>(8 * units);
     for (int h = 0; h < units; h++) {
       const double variance = m2[h] / count, inverse = 1 / std::sqrt(variance + kNormEps), scale = norm ? norm_scale[h] * inverse : 1;
       const double gate_inverse = 1 / std::sqrt(scale * scale * variance + kNormEps), weight = gated ? gate_scale[h] : 0;
@@ -145,7 +146,7 @@ template <class T> class Run {
       const double by_variance = norm ? -0.5 * scale * inverse * inverse : 0;
       const double gate_by_variance = -0.5 * gate * ratio * ratio + gate_by_norm[i][h] * by_variance;
       const double rows[8] = {0, norm ? scale : 0, 0, gate, -2 * by_variance, 0, -2 * gate_by_variance, 0};
-      for (int r = 0; r < 8; r++) response[r * units + h] = (T)(rows[r] / count);
+      for (int r = 0; r < 8; r++) response[r * units + h] = rows[r] / count;
       if (norm) norm_scale[h] = (T)scale;
       if (gated) gate_scale[h] = (T)gate;
     }
@@ -185,7 +186,10 @@ template <class T> class Run {
       b.d_score_bias = give("d score_bias", 1);
     }
     for (int i = from; i >= std::max(to, 0); i--) {
-      if (!u.layer[i].sums) b.sums[i] = give(name("sums", i), kSums * c.units[i]);
+      if (!u.layer[i].sums) {
+        double* sums = b.sums[i] = memory.take<double>(kSums * c.units[i]);
+        later.push_back([=] { put(name("sums", i), sums, kSums * c.units[i]); });
+      }
       if (i == to || !(want & kWeights)) continue;
       if (i) b.d_weight[i] = give(name("d weight", i), (int64_t)c.units[i] * c.units[i - 1]);
       b.d_bias[i] = give(name("d bias", i), c.units[i]);
@@ -204,7 +208,7 @@ template <class T> class Run {
   }
 
   // The sums as gradients of what the problem calls norm_scale, norm_shift, gate_scale, gate_shift and slope
-  void add_affine(int i, const T* sums) {
+  void add_affine(int i, const double* sums) {
     const int units = c.units[i];
     const char* keys[kSums] = {"norm_scale", "norm_shift", "gate_scale", "gate_shift", "slope"};
     for (int k = 0; k < kSums; k++) {
