@@ -87,7 +87,16 @@ Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::co
 
 template <class T> constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
-template <class T> Tensor new_tensor(std::vector<int64_t> sizes) { return torch::stable::empty(sizes, kType<T>); }
+// As torch::stable::empty, which looks its op up by name at every call.
+template <class T> Tensor new_tensor(const std::vector<int64_t>& sizes) {
+  int64_t strides[8], step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes[i]) strides[i] = step;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides,
+                                                         sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
 
 // Memory of kept panels and of the history's gradient. It is large and comes back every step; from malloc it would come as
 // fresh pages each time, which costs more than the work on them. Blocks are kept for the next step up to a limit.
@@ -261,8 +270,7 @@ template <class T> struct Arguments {
         if (t.numel()) expect("affine", t, {layer.units});
         *fields[f] = hold(t);
       }
-      STD_TORCH_CHECK(!layer.norm_scale == !layer.norm_shift, "affine: expected norm_scale and norm_shift together");
-      STD_TORCH_CHECK(i >= used || activation != kDiceBatch || (layer.gate_scale && layer.gate_shift), "affine: expected gate_scale and gate_shift for dice_batch");
+      STD_TORCH_CHECK(i >= used || activation != kDiceBatch || layer.gate_scale, "affine: expected a gate_scale for dice_batch");
       STD_TORCH_CHECK(i >= used || activation < kPrelu || layer.slope, "affine: expected a slope for this activation");
       inputs = layer.units;
     }
@@ -349,7 +357,7 @@ Tensors native_moments(const Tensor& history, const MaybeTensor& starts, const M
     STD_TORCH_CHECK(layer >= 0 && layer < a.unit.layers, "layer: expected 0 to ", a.unit.layers - 1, ", got ", layer);
     a.statistics({}, kept, nullptr);
     const int64_t units = a.unit.layer[layer].units;
-    Tensor count = torch::stable::empty({}, ScalarType::Double), mean = new_tensor<T>({units}), m2 = new_tensor<T>({units});
+    Tensor count = new_tensor<double>({}), mean = new_tensor<T>({units}), m2 = new_tensor<T>({units});
     Tensor panels = keep ? kept_tensor<T>({a.panel_total * units}) : nothing<T>();
     kernels<T>().moments(a.unit, (int)layer, {data<double>(count), data<T>(mean), data<T>(m2), keep ? data<T>(panels) : nullptr}, parallel);
     return {count, mean, m2, panels};

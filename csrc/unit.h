@@ -31,7 +31,7 @@ struct Layer {
   int64_t units = 0;
   const T* weight = nullptr;  // [units][inputs]; null for the first layer, which is folded
   const T* bias = nullptr;
-  const T *center = nullptr, *norm_scale = nullptr, *norm_shift = nullptr;
+  const T *center = nullptr, *norm_scale = nullptr, *norm_shift = nullptr;  // null: 0, no norm, 0
   const T *gate_scale = nullptr, *gate_shift = nullptr, *slope = nullptr;
   // In double: dz is what is left of two numbers that may be far larger, so their factors must agree to the last digit.
   const double* response = nullptr;  // [2][4][units], where the layer has batch statistics: see fold.py

@@ -31,14 +31,17 @@ def fold_first_layer(weight: Tensor, blocks: tuple[str, ...]) -> tuple[Tensor, T
     for name, part in zip(blocks, parts, strict=True):
         for i, sign in enumerate(BLOCKS[name]):
             if sign:
-                term = part if sign > 0 else -part
-                folded[i] = term if folded[i] is None else folded[i] + term  # type: ignore[operator]
+                so_far = folded[i]
+                if so_far is None:
+                    folded[i] = part if sign > 0 else -part
+                else:
+                    folded[i] = so_far + part if sign > 0 else so_far - part
     a_q, a_k, a_p = (torch.zeros_like(parts[0]) if f is None else f.contiguous() for f in folded)
     return a_q, a_k, a_p
 
 
 class Affine(NamedTuple):
-    """One hidden layer's affine maps of z, each (H,) or None; ``response`` is None without batch statistics.
+    """One hidden layer's affine maps of z, each (H,) or None; a shift of None is 0.
 
     ``response`` (2, 4, H) is how the batch statistics answer: with the backward sums S = (sum dn (z - mean), sum dn,
     sum dx (z - mean), sum dx), the full gradient is ``dz = local - e0 - e1 (z - mean)`` where
@@ -65,35 +68,35 @@ def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, cou
     mean, variance (H,) and count (0-d) are None when no norm of the layer is in batch mode. They are constants here:
     the gradient that flows through them is what ``response`` describes.
     """
-    units = layer.weight.shape[0]
     norm, gate = layer.norm, layer.gate_norm
-    slope = None if layer.slope is None else layer.slope.reshape(-1).expand(units).contiguous()
+    slope = None if layer.slope is None else layer.slope.reshape(-1).expand(layer.weight.shape[0])
     scale: Tensor | None = None
     shift: Tensor | None = None
     gate_scale: Tensor | None = None
     gate_shift: Tensor | None = None
-    one = layer.weight.new_ones(units)
     if norm is not None:
         if batch_mode(norm):
             assert variance is not None
-            scale = _times(norm.weight, torch.rsqrt(variance + norm.eps))
-            shift = torch.zeros_like(scale) if norm.bias is None else norm.bias
+            scale, shift = _times(norm.weight, torch.rsqrt(variance + norm.eps)), norm.bias
         else:
             assert norm.running_mean is not None and norm.running_var is not None
             scale = _times(norm.weight, torch.rsqrt(norm.running_var + norm.eps))
             shift = _plus(norm.bias, scale * (norm.running_mean.neg() if mean is None else mean - norm.running_mean))
     if gate is not None:
-        n_scale = one if scale is None else scale
         if batch_mode(gate):
             assert variance is not None
-            gate_scale = _times(gate.weight, n_scale * torch.rsqrt(n_scale.square() * variance + gate.eps))
-            gate_shift = torch.zeros_like(gate_scale) if gate.bias is None else gate.bias
+            if scale is not None:
+                inverse = scale * torch.rsqrt(scale.square() * variance + gate.eps)
+            else:
+                inverse = torch.rsqrt(variance + gate.eps)
+            gate_scale, gate_shift = _times(gate.weight, inverse), gate.bias
         else:
             assert gate.running_mean is not None and gate.running_var is not None
             rest = _times(gate.weight, torch.rsqrt(gate.running_var + gate.eps))
-            gate_scale = rest * n_scale
-            at_center = shift if shift is not None else torch.zeros_like(one) if mean is None else mean
-            gate_shift = _plus(gate.bias, rest * (at_center - gate.running_mean))
+            gate_scale = rest if scale is None else rest * scale
+            at_center = shift if scale is not None else mean  # what the gate sees where z is at its center
+            offset = gate.running_mean.neg() if at_center is None else at_center - gate.running_mean
+            gate_shift = _plus(gate.bias, rest * offset)
     response = None
     if mean is not None:
         assert variance is not None and count is not None
@@ -108,31 +111,29 @@ def _response(
     """d(mean) and d(variance) as linear functions of the four sums; see :class:`Affine`."""
     norm, gate = layer.norm, layer.gate_norm
     zero = torch.zeros_like(variance)
-    scale_by_variance = zero  # d norm_scale / d variance
-    if norm is not None and batch_mode(norm):
-        assert scale is not None
-        scale_by_variance = -0.5 * scale / (variance + norm.eps)
-    gate_by_variance = zero  # d gate_scale / d variance
-    if gate is not None:
-        assert gate_scale is not None
-        if batch_mode(gate):
-            n_scale = torch.ones_like(variance) if scale is None else scale
-            inverse = torch.rsqrt(n_scale.square() * variance + gate.eps)
-            gate_by_variance = -0.5 * gate_scale * (n_scale * inverse).square()
-            by_scale = _times(gate.weight, gate.eps * inverse**3)
-            gate_by_variance = gate_by_variance + by_scale * scale_by_variance
-        else:
+    scale_by_variance = None  # -2 d norm_scale / d variance
+    if scale is not None and norm is not None and batch_mode(norm):
+        scale_by_variance = scale / (variance + norm.eps)
+    gate_by_variance = None  # -2 d gate_scale / d variance
+    if gate is not None and gate_scale is not None:
+        if not batch_mode(gate):
             assert gate.running_var is not None
-            rest = _times(gate.weight, torch.rsqrt(gate.running_var + gate.eps))
-            gate_by_variance = rest * scale_by_variance
+            if scale_by_variance is not None:
+                gate_by_variance = _times(gate.weight, torch.rsqrt(gate.running_var + gate.eps)) * scale_by_variance
+        elif scale is None:
+            gate_by_variance = gate_scale / (variance + gate.eps)
+        else:
+            squared = scale.square()
+            inverse = torch.rsqrt(squared * variance + gate.eps)
+            gate_by_variance = gate_scale * squared * inverse.square()
+            if scale_by_variance is not None:
+                by_scale = _times(gate.weight, gate.eps * inverse**3)
+                gate_by_variance = gate_by_variance + by_scale * scale_by_variance
     # Through `center`: d mean = -scale sum(dn) - gate_scale sum(dx), but for a frozen norm, whose shift moves with it.
-    by_mean = gate_by_mean = zero
-    if scale is not None and batch_mode(norm):
-        by_mean = scale
-    if gate_scale is not None and (batch_mode(gate) or batch_mode(norm)):
-        gate_by_mean = gate_scale
-    rows = [zero, by_mean, zero, gate_by_mean, -2 * scale_by_variance, zero, -2 * gate_by_variance, zero]
-    return torch.stack(rows).view(2, 4, -1).to(torch.float64) / count
+    by_mean = scale if batch_mode(norm) else None
+    gate_by_mean = gate_scale if batch_mode(gate) or batch_mode(norm) else None
+    rows = [None, by_mean, None, gate_by_mean, scale_by_variance, None, gate_by_variance, None]
+    return torch.stack([zero if r is None else r for r in rows]).view(2, 4, -1).to(torch.float64) / count
 
 
 def _times(weight: Tensor | None, x: Tensor) -> Tensor:
@@ -171,7 +172,8 @@ def update_layer(layer: HiddenLayer, affine: Affine, variance: Tensor, count: Te
     if layer.norm is not None:
         update_running_statistics(layer.norm, mean, variance, count)
         # Dice's norm sees what the norm before it gives: an affine map of z.
-        assert affine.norm_scale is not None and affine.norm_shift is not None
-        mean, variance = affine.norm_shift.detach(), affine.norm_scale.detach().square() * variance
+        assert affine.norm_scale is not None
+        scale, shift = affine.norm_scale.detach(), affine.norm_shift
+        mean, variance = torch.zeros_like(scale) if shift is None else shift.detach(), scale.square() * variance
     if layer.gate_norm is not None:
         update_running_statistics(layer.gate_norm, mean, variance, count)

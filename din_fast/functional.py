@@ -144,7 +144,8 @@ def _with_gradient(
                     backend, "moments", *arguments, weights, _flat(affines, len(hidden), absent), kept, None, i, keep,
                     *activation, True, 0.0, 0,
                 )  # fmt: skip
-                count = count.clamp(min=1)
+                if rows == 0:
+                    count = count.clamp(min=1)
                 variance = m2 / count
         affine = fold.affine(layer, mean, variance, count)
         affines.append(affine)

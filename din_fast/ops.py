@@ -14,7 +14,7 @@ weights    A_q, A_k, A_p (H1, D), b1; (W, b) of each further hidden layer; the s
 affine     six a hidden layer, (H,) or empty: center, norm_scale, norm_shift, gate_scale, gate_shift, slope
 response   one a hidden layer, (2, 4, H) float64, or empty where the layer has no batch statistics
 kept       one a hidden layer: z in panels, or empty where it is computed again
-sums       one a hidden layer, (5, H) float64, or empty while unknown: sum dn (z - center), dn, dx (z - center), dx, d slope
+sums       one a hidden layer, (5, H) float64, or empty while unknown: dn (z - center), dn, dx (z - center), dx, d slope
 local      what one pass of the backward leaves to the next: d score, and dz of a layer without its statistics' answer
 (Lists hold tensors only: torch.library gives no gradient to a list with a None in it. Absent is empty.)
 

@@ -144,21 +144,21 @@ template <class T> struct Call {
     p.mode = norm ? kFull : layer.center ? kCentered : kPlain;
     p.center = layer.center ? layer.center : s.zeros<T>(h);
     p.norm_scale = layer.norm_scale;
-    p.norm_shift = layer.norm_shift;
+    p.norm_shift = layer.norm_shift || !norm ? layer.norm_shift : s.zeros<T>(h);
     p.slope = layer.slope;
     p.row_eps = u.dice_eps * T(h);
     if (gate) {
       T* scaled = s.take<T>(2 * h);
       for (int j = 0; j < h; j++) {
         scaled[j] = T(-kLog2e) * layer.gate_scale[j];
-        scaled[h + j] = T(-kLog2e) * layer.gate_shift[j];
+        scaled[h + j] = layer.gate_shift ? T(-kLog2e) * layer.gate_shift[j] : T(0);
       }
       p.gate_scale = scaled;
       p.gate_shift = scaled + h;
       p.gate_raw = layer.gate_scale;
     }
     act[i] = &activation_table<T>(u.activation, p.mode);
-    weight_t[i] = i ? transposed(layer.weight, h, H[i - 1], h, s) : nullptr;
+    weight_t[i] = i && !layer.kept ? transposed(layer.weight, h, H[i - 1], h, s) : nullptr;
     e0[i] = e1[i] = nullptr;
     if (layer.response && layer.sums) {
       T* e = s.take<T>(2 * h);
