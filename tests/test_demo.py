@@ -175,7 +175,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     losses = {name: row["losses"] for name, row in read["rows"].items()}
     assert list(losses) == [RECHUB, FUSED, SUM]
     assert len(losses[RECHUB]) == read["data"]["training_samples"] // TINY.batch_size == 3
-    # Same weights, same batch: the first losses agree. Later ones are compared in float64, below: in float32 the rounding
+    # Same weights, same batch: the first losses agree. Later ones are compared in float64, below: in float32 rounding
     # of two right formulas is amplified by BatchNorm over embeddings that start at 1e-4, and by Adam.
     np.testing.assert_allclose(losses[FUSED][0], losses[RECHUB][0], rtol=0, atol=1e-6)
     assert losses[SUM] != losses[RECHUB]
