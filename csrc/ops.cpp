@@ -15,7 +15,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "unit.h"
@@ -242,7 +241,6 @@ template <class T> struct Arguments {
     STD_TORCH_CHECK(unit.layers <= kMaxLayers, "weights: expected at most ", kMaxLayers, " layers, got ", unit.layers);
     STD_TORCH_CHECK(affine.size() == (size_t)unit.layers * 6, "affine: expected 6 tensors a layer, got ", affine.size());
     STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: expected 0 to ", kActivations - 1, ", got ", activation);
-    held.reserve(weights.size() + affine.size() + 64);
     unit.activation = (int)activation;
     unit.dice_eps = (T)dice_eps;
     const int64_t first = weights[0].size(0);
@@ -533,7 +531,6 @@ Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const May
     const int hidden = (int)parameters.size() / kFields;
     STD_TORCH_CHECK(hidden <= kMaxLayers && eps.size() == 2 * (size_t)hidden, "eps: expected 2 a hidden layer, got ", eps.size());
     STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: expected 0 to ", kActivations - 1, ", got ", activation);
-    a.held.reserve(parameters.size() + 1);
     u.layers = hidden ? hidden : 1;
     u.activation = hidden ? (int)activation : kIdentity;
     u.dice_eps = (T)dice_eps;
