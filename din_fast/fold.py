@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from din_fast.spec import BLOCKS, HiddenLayer
+from din_fast.spec import BLOCKS, HiddenLayer, batch_mode
 
 
 def block_table(blocks: tuple[str, ...]) -> list[int]:
@@ -55,11 +55,6 @@ class Affine(NamedTuple):
     gate_shift: Tensor | None
     slope: Tensor | None
     response: Tensor | None
-
-
-def batch_mode(norm: nn.modules.batchnorm._BatchNorm | None) -> bool:
-    """Whether this BatchNorm normalises with the statistics of the batch at hand."""
-    return norm is not None and (norm.training or norm.running_mean is None)
 
 
 def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, count: Tensor | None) -> Affine:

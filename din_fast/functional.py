@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from din_fast import dispatch, fold, ops, reference, segments
-from din_fast.spec import ACTIVATIONS, EMPTY_RULES, POOLINGS, SCORE_ACTIVATIONS, HiddenLayer, UnitParameters, UnitSpec
+from din_fast.spec import (
+    ACTIVATIONS,
+    EMPTY_RULES,
+    POOLINGS,
+    SCORE_ACTIVATIONS,
+    HiddenLayer,
+    UnitParameters,
+    UnitSpec,
+    batch_mode,
+)
 
 
 class Result(NamedTuple):
@@ -52,7 +61,8 @@ def activation_unit(
         ValueError: wrong rank or shape, lengths negative or beyond L, mixed devices, an unknown backend, one row in
             training with batch statistics.
         TypeError: a dtype other than float32 or float64, mixed dtypes, a mask that is not bool.
-        RuntimeError: the backend that was named cannot run, or the gradient of a gradient was asked for.
+        RuntimeError: the backend that was named cannot run, the gradient of a gradient was asked for, or a
+            SyncBatchNorm is in training in more than one process, which the kernels do not serve yet.
 
     Source: Zhou et al. 2018, https://arxiv.org/abs/1706.06978, and the framework that ``spec`` describes.
     """
@@ -85,6 +95,7 @@ def run(
         segments.check_length_values(segs.lengths, history.shape[1])
         valid = segments.valid_positions(segs)
         return Result(*reference.activation_unit(query, history, parameters, spec, valid), chosen)
+    segments.check_one_process(parameters)
     query = segments.unit_stride(query)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, history, *flat))
     if batch_statistics or needs_grad:
@@ -135,7 +146,7 @@ def _with_gradient(
     for i, layer in enumerate(hidden):
         mean = variance = count = None
         panel = absent
-        if fold.batch_mode(layer.norm) or fold.batch_mode(layer.gate_norm):
+        if batch_mode(layer.norm) or batch_mode(layer.gate_norm):
             layer_bytes = panel_bytes * layer.weight.shape[0]
             keep = kept_bytes + layer_bytes <= KEEP_LIMIT_BYTES
             kept_bytes += layer_bytes if keep else 0

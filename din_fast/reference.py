@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from din_fast.spec import HiddenLayer, UnitParameters, UnitSpec
+from din_fast.spec import HiddenLayer, UnitParameters, UnitSpec, batch_mode
 
 
 def features(query: Tensor, history: Tensor, blocks: tuple[str, ...]) -> Tensor:
@@ -82,8 +82,7 @@ def weights_of(score: Tensor, valid: Tensor | None, spec: UnitSpec) -> Tensor:
 
 def uses_batch_statistics(parameters: UnitParameters) -> bool:
     """Whether a BatchNorm of the unit normalises with the statistics of the batch at hand."""
-    norms = [n for layer in parameters.hidden for n in (layer.norm, layer.gate_norm) if n is not None]
-    return any(n.training or n.running_mean is None for n in norms)
+    return any(batch_mode(norm) for layer in parameters.hidden for norm in (layer.norm, layer.gate_norm))
 
 
 def activation_unit(

@@ -144,6 +144,18 @@ def check_batch_statistics(history: Tensor) -> None:
         )
 
 
+def check_one_process(parameters: UnitParameters) -> None:
+    """The kernels do not share their statistics between processes yet: raise rather than train on a part of them."""
+    for i, layer in enumerate(parameters.hidden):
+        for norm in (layer.norm, layer.gate_norm):
+            synced = isinstance(norm, nn.SyncBatchNorm) and norm.training
+            if synced and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise RuntimeError(
+                    f"parameters.hidden[{i}]: expected BatchNorm1d, got SyncBatchNorm in training with "
+                    f"{torch.distributed.get_world_size()} processes, which is not built yet; use backend='reference'"
+                )
+
+
 def _tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")

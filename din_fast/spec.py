@@ -182,6 +182,11 @@ PRESETS: dict[str, _Preset] = {
 }
 
 
+def batch_mode(norm: nn.modules.batchnorm._BatchNorm | None) -> bool:
+    """Whether this BatchNorm normalises with the statistics of the batch at hand."""
+    return norm is not None and (norm.training or norm.running_mean is None)
+
+
 class HiddenLayer(NamedTuple):
     """The parameters of one hidden layer.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from din_fast import HiddenLayer, fold, reference
-from din_fast.spec import BLOCKS
+from din_fast.spec import BLOCKS, batch_mode
 from tests.truth import assert_near
 
 ORDERS = [
@@ -94,7 +94,7 @@ def test_affine_maps_and_their_response_are_those_of_autograd(norm_kind: str, ga
 
     # the affine maps, with statistics that are constants
     fixed = z.detach()
-    batch = fold.batch_mode(norm) or fold.batch_mode(gate)
+    batch = batch_mode(norm) or batch_mode(gate)
     mean, variance = (fixed.mean(0), fixed.var(0, unbiased=False)) if batch else (None, None)
     count = torch.tensor(float(ROWS), dtype=torch.float64) if batch else None
     maps = fold.affine(HiddenLayer(torch.zeros(H, 1, dtype=torch.float64), None, norm, gate), mean, variance, count)

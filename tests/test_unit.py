@@ -143,6 +143,15 @@ def test_layers_are_read_at_each_call(backend: str) -> None:
         assert torch.equal(call(converted, INPUTS), call(right, INPUTS))
 
 
+def test_synced_statistics_of_several_processes_raise(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = nn.SyncBatchNorm.convert_sync_batchnorm(fused_unit(preset("fuxictr", [8]), D, backend)).train()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="SyncBatchNorm in training with 2 processes"):
+        call(unit, INPUTS)
+    call(unit.eval(), INPUTS)
+
+
 def test_repr_says_what_it_computes() -> None:
     text = repr(FusedActivationUnit(D, [8, 4], "prelu", True, backend="reference"))
     for part in ("emb_dim=6", "hidden_units=[8, 4]", "activation=prelu", "softmax=True", "pooling=sum", "reference"):
