@@ -389,15 +389,24 @@ Tensors native_forward(const Tensor& history, const MaybeTensor& starts, const M
   });
 }
 
+// What every op of the backward takes, and the names to hand it on.
+#define DIN_FAST_PASS_PARAMETERS                                                                                              \
+  const MaybeTensor &grad_pooled, const MaybeTensor &grad_scores, const Tensor &history, const MaybeTensor &starts,           \
+      const MaybeTensor &lengths, const MaybeTensor &candidate_offsets, const MaybeTensor &mask, const Tensor &query,         \
+      const Tensors &weights, const Tensors &affine, const Tensors &response, const Tensors &kept, const Tensor &scores,      \
+      const Tensors &sums, const Tensors &local, const MaybeTensor &values, const MaybeTensor &candidate_matrix,              \
+      const MaybeTensor &window_offsets, int64_t from
+#define DIN_FAST_PASS_NAMES                                                                                                   \
+  grad_pooled, grad_scores, history, starts, lengths, candidate_offsets, mask, query, weights, affine, response, kept, scores, \
+      sums, local, values, candidate_matrix, window_offsets, from
+#define DIN_FAST_PASS_NUMBERS                                                                                                 \
+  int64_t activation, double dice_eps, bool pads_are_input, int64_t score_activation, bool softmax, int64_t empty,            \
+      int64_t pooling, double dropout
+#define DIN_FAST_PASS_NUMBER_NAMES activation, dice_eps, pads_are_input, score_activation, softmax, empty, pooling, dropout
+
 // One pass of the backward. Returns d_history, d_query, the gradients of `weights` in their order, the sums of each layer,
 // d_logit and local; what the pass does not give is empty.
-Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_scores, const Tensor& history, const MaybeTensor& starts,
-                             const MaybeTensor& lengths, const MaybeTensor& candidate_offsets, const MaybeTensor& mask, const Tensor& query,
-                             const Tensors& weights, const Tensors& affine, const Tensors& response, const Tensors& kept,
-                             const Tensor& scores, const Tensors& sums, const Tensors& local, const MaybeTensor& values,
-                             const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets, int64_t from, int64_t to, bool need_history,
-                             bool need_query, bool need_weights, int64_t activation, double dice_eps, bool pads_are_input,
-                             int64_t score_activation, bool softmax, int64_t empty, int64_t pooling, double dropout) {
+Tensors backward_pass(DIN_FAST_PASS_PARAMETERS, int64_t to, bool need_history, bool need_query, bool need_weights, DIN_FAST_PASS_NUMBERS) {
   not_built(values, candidate_matrix, window_offsets, dropout);
   return by_dtype(history, [&](auto zero) -> Tensors {
     using T = decltype(zero);
@@ -487,30 +496,14 @@ Tensors backward_pass(const MaybeTensor& grad_pooled, const MaybeTensor& grad_sc
 }
 
 // Down to layer `layer`, for the sums that its batch statistics need.
-Tensors native_backward_moments(const MaybeTensor& grad_pooled, const MaybeTensor& grad_scores, const Tensor& history, const MaybeTensor& starts,
-                             const MaybeTensor& lengths, const MaybeTensor& candidate_offsets, const MaybeTensor& mask, const Tensor& query,
-                             const Tensors& weights, const Tensors& affine, const Tensors& response, const Tensors& kept,
-                             const Tensor& scores, const Tensors& sums, const Tensors& local, const MaybeTensor& values,
-                             const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets, int64_t from, int64_t layer, bool need_weights,
-                             int64_t activation, double dice_eps, bool pads_are_input,
-                             int64_t score_activation, bool softmax, int64_t empty, int64_t pooling, double dropout, int64_t) {
+Tensors native_backward_moments(DIN_FAST_PASS_PARAMETERS, int64_t layer, bool need_weights, DIN_FAST_PASS_NUMBERS, int64_t) {
   STD_TORCH_CHECK(layer >= 0, "layer: expected 0 or more, got ", layer);
-  return backward_pass(grad_pooled, grad_scores, history, starts, lengths, candidate_offsets, mask, query, weights, affine, response, kept, scores, sums,
-                       local, values, candidate_matrix, window_offsets, from, layer, false, false, need_weights, activation, dice_eps, pads_are_input, score_activation,
-                       softmax, empty, pooling, dropout);
+  return backward_pass(DIN_FAST_PASS_NAMES, layer, false, false, need_weights, DIN_FAST_PASS_NUMBER_NAMES);
 }
 
 // Down to the inputs.
-Tensors native_backward(const MaybeTensor& grad_pooled, const MaybeTensor& grad_scores, const Tensor& history, const MaybeTensor& starts,
-                             const MaybeTensor& lengths, const MaybeTensor& candidate_offsets, const MaybeTensor& mask, const Tensor& query,
-                             const Tensors& weights, const Tensors& affine, const Tensors& response, const Tensors& kept,
-                             const Tensor& scores, const Tensors& sums, const Tensors& local, const MaybeTensor& values,
-                             const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets, int64_t from, bool need_history, bool need_query,
-                             bool need_weights, int64_t activation, double dice_eps, bool pads_are_input,
-                             int64_t score_activation, bool softmax, int64_t empty, int64_t pooling, double dropout, int64_t) {
-  return backward_pass(grad_pooled, grad_scores, history, starts, lengths, candidate_offsets, mask, query, weights, affine, response, kept, scores, sums,
-                       local, values, candidate_matrix, window_offsets, from, -1, need_history, need_query, need_weights, activation, dice_eps, pads_are_input, score_activation,
-                       softmax, empty, pooling, dropout);
+Tensors native_backward(DIN_FAST_PASS_PARAMETERS, bool need_history, bool need_query, bool need_weights, DIN_FAST_PASS_NUMBERS, int64_t) {
+  return backward_pass(DIN_FAST_PASS_NAMES, -1, need_history, need_query, need_weights, DIN_FAST_PASS_NUMBER_NAMES);
 }
 
 // Evaluation without gradient, from the raw parameters: 11 tensors a hidden layer (weight, bias, then weight, bias, running
