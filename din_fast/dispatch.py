@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from din_fast.backends import native
+from din_fast.backends import native, triton
+from din_fast.backends.triton import tiling
 
 BACKENDS = ("auto", "native", "triton", "reference")
 ENVIRONMENT = "DIN_FAST_BACKEND"
@@ -30,17 +32,30 @@ def why_not(backend: str, device: torch.device) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        return "the Triton kernels are not built yet"
+        return triton.why_not(device)
     if device.type != "cpu":
         return f"the native backend has CPU kernels only, the history is on {device}"
     return native.why_not()
 
 
-def choose(backend: str, history: Tensor) -> str:
-    """The backend that runs: ``native`` or ``reference``.
+def why_not_inputs(backend: str, history: Tensor, hidden_units: Sequence[int]) -> Exception | None:
+    """What a backend that can run here has against these inputs, as the error to raise, or None."""
+    if backend == "native" and history.dtype not in native.DTYPES:
+        return TypeError(f"history: expected float32 or float64 on the native backend, got {history.dtype}")
+    if backend != "triton":
+        return None
+    if history.dtype not in triton.DTYPES:
+        return TypeError(f"history: expected float32, bfloat16 or float16 on the triton backend, got {history.dtype}")
+    message = tiling.too_large(history.shape[-1], hidden_units)
+    return None if message is None else ValueError(message)
+
+
+def choose(backend: str, history: Tensor, hidden_units: Sequence[int] = ()) -> str:
+    """The backend that runs: ``native``, ``triton`` or ``reference``.
 
     Raises:
-        ValueError: an unknown name, in the argument or in ``DIN_FAST_BACKEND``.
+        ValueError: an unknown name, in the argument or in ``DIN_FAST_BACKEND``; a size beyond the named backend's.
+        TypeError: a dtype that the named backend does not have.
         RuntimeError: the backend that was named cannot run; the message says why.
     """
     check_name(backend)
@@ -53,10 +68,15 @@ def choose(backend: str, history: Tensor) -> str:
         reason = why_not(backend, device)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+        error = why_not_inputs(backend, history, hidden_units)
+        if error is not None:
+            raise error
         return backend
-    reason = why_not("native", device)
-    if reason is None:
-        return "native"
+    fastest = "triton" if device.type == "cuda" else "native"
+    objection = why_not(fastest, device) or why_not_inputs(fastest, history, hidden_units)
+    if objection is None:
+        return fastest
+    reason = str(objection)
     if reason not in _told:
         _told.add(reason)
         warnings.warn(f"din_fast uses the plain PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)

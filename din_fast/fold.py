@@ -10,6 +10,7 @@ Both are ordinary torch operations, so autograd carries the gradient of scales, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,17 +26,20 @@ def block_table(blocks: tuple[str, ...]) -> list[int]:
 
 def fold_first_layer(weight: Tensor, blocks: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """(H, len(blocks) * D) -> A_q, A_k, A_p, each (H, D), in the wider of float32 and the weight's dtype."""
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    parts = weight.chunk(len(blocks), dim=1)
+    return fold_table(wide(weight), block_table(blocks))
+
+
+def fold_table(weight: Tensor, table: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fold_first_layer`, of a weight as it stands, from the blocks' coefficients."""
+    parts = weight.chunk(len(table) // 3, dim=1)
     folded: list[Tensor | None] = [None, None, None]
-    for name, part in zip(blocks, parts, strict=True):
-        for i, sign in enumerate(BLOCKS[name]):
-            if sign:
-                so_far = folded[i]
-                if so_far is None:
-                    folded[i] = part if sign > 0 else -part
-                else:
-                    folded[i] = so_far + part if sign > 0 else so_far - part
+    for at, sign in enumerate(table):
+        if sign:
+            part, so_far = parts[at // 3], folded[at % 3]
+            if so_far is None:
+                folded[at % 3] = part if sign > 0 else -part
+            else:
+                folded[at % 3] = so_far + part if sign > 0 else so_far - part
     a_q, a_k, a_p = (torch.zeros_like(parts[0]) if f is None else f.contiguous() for f in folded)
     return a_q, a_k, a_p
 
@@ -64,7 +68,7 @@ def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, cou
     the gradient that flows through them is what ``response`` describes.
     """
     norm, gate = layer.norm, layer.gate_norm
-    slope = None if layer.slope is None else layer.slope.reshape(-1).expand(layer.weight.shape[0])
+    slope = None if layer.slope is None else wide(layer.slope).reshape(-1).expand(layer.weight.shape[0])
     scale: Tensor | None = None
     shift: Tensor | None = None
     gate_scale: Tensor | None = None
@@ -72,11 +76,13 @@ def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, cou
     if norm is not None:
         if batch_mode(norm):
             assert variance is not None
-            scale, shift = _times(norm.weight, torch.rsqrt(variance + norm.eps)), norm.bias
+            scale = _times(norm.weight, torch.rsqrt(variance + norm.eps))
+            shift = None if norm.bias is None else wide(norm.bias)
         else:
             assert norm.running_mean is not None and norm.running_var is not None
-            scale = _times(norm.weight, torch.rsqrt(norm.running_var + norm.eps))
-            shift = _plus(norm.bias, scale * (norm.running_mean.neg() if mean is None else mean - norm.running_mean))
+            scale = _times(norm.weight, torch.rsqrt(wide(norm.running_var) + norm.eps))
+            running_mean = wide(norm.running_mean)
+            shift = _plus(norm.bias, scale * (running_mean.neg() if mean is None else mean - running_mean))
     if gate is not None:
         if batch_mode(gate):
             assert variance is not None
@@ -84,13 +90,15 @@ def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, cou
                 inverse = scale * torch.rsqrt(scale.square() * variance + gate.eps)
             else:
                 inverse = torch.rsqrt(variance + gate.eps)
-            gate_scale, gate_shift = _times(gate.weight, inverse), gate.bias
+            gate_scale = _times(gate.weight, inverse)
+            gate_shift = None if gate.bias is None else wide(gate.bias)
         else:
             assert gate.running_mean is not None and gate.running_var is not None
-            rest = _times(gate.weight, torch.rsqrt(gate.running_var + gate.eps))
+            rest = _times(gate.weight, torch.rsqrt(wide(gate.running_var) + gate.eps))
+            running_mean = wide(gate.running_mean)
             gate_scale = rest if scale is None else rest * scale
             at_center = shift if scale is not None else mean  # what the gate sees where z is at its center
-            offset = gate.running_mean.neg() if at_center is None else at_center - gate.running_mean
+            offset = running_mean.neg() if at_center is None else at_center - running_mean
             gate_shift = _plus(gate.bias, rest * offset)
     response = None
     if mean is not None:
@@ -114,7 +122,8 @@ def _response(
         if not batch_mode(gate):
             assert gate.running_var is not None
             if scale_by_variance is not None:
-                gate_by_variance = _times(gate.weight, torch.rsqrt(gate.running_var + gate.eps)) * scale_by_variance
+                rest = _times(gate.weight, torch.rsqrt(wide(gate.running_var) + gate.eps))
+                gate_by_variance = rest * scale_by_variance
         elif scale is None:
             gate_by_variance = gate_scale / (variance + gate.eps)
         else:
@@ -131,12 +140,17 @@ def _response(
     return torch.stack([zero if r is None else r for r in rows]).view(2, 4, -1).to(torch.float64) / count
 
 
+def wide(t: Tensor) -> Tensor:
+    """Half types in float32, which all arithmetic of a unit is done in; the others as they are."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def _times(weight: Tensor | None, x: Tensor) -> Tensor:
-    return x if weight is None else weight * x
+    return x if weight is None else wide(weight) * x
 
 
 def _plus(bias: Tensor | None, x: Tensor) -> Tensor:
-    return x if bias is None else bias + x
+    return x if bias is None else wide(bias) + x
 
 
 @torch.no_grad()

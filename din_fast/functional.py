@@ -43,7 +43,8 @@ def activation_unit(
     Keyword-only, since :class:`~din_fast.FusedActivationUnit` takes (history, target) in that order.
 
     Args:
-        query: (B, D), the candidate item; float32 or float64.
+        query: (B, D), the candidate item; float32, float64 (not on the triton backend), bfloat16 or float16 (not on
+            the native one).
         history: (B, L, D), same dtype and device; any strides, nothing is copied unless the last stride is not 1.
         parameters: the weights, norms and slopes of the MLP. BatchNorms in training mode get their running statistics
             updated, each with its own momentum.
@@ -60,8 +61,8 @@ def activation_unit(
     Raises:
         ValueError: wrong rank or shape, lengths negative or beyond L, mixed devices, an unknown backend, one row in
             training with batch statistics.
-        TypeError: a dtype other than float32 or float64, mixed dtypes, a mask that is not bool.
-        RuntimeError: the backend that was named cannot run, the gradient of a gradient was asked for, or a
+        TypeError: a dtype that the backend does not have, mixed dtypes, a mask that is not bool.
+        RuntimeError: the backend that was named cannot run here, the gradient of a gradient was asked for, or a
             SyncBatchNorm is in training in more than one process, which the kernels do not serve yet.
 
     Source: Zhou et al. 2018, https://arxiv.org/abs/1706.06978, and the framework that ``spec`` describes.
@@ -87,7 +88,7 @@ def run(
     """
     segs = segments.prepare(query, history, mask, lengths, query_name, emb_dim)
     flat = segments.check_parameters(parameters, spec, history)
-    chosen = dispatch.choose(backend, history)
+    chosen = dispatch.choose(backend, history, spec.hidden_units)
     batch_statistics = reference.uses_batch_statistics(parameters)
     if batch_statistics:
         segments.check_batch_statistics(history)
@@ -99,8 +100,10 @@ def run(
     query = segments.unit_stride(query)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, history, *flat))
     if batch_statistics or needs_grad:
-        return Result(*_with_gradient(chosen, query, segs, parameters, spec, batch_statistics), chosen)
-    return Result(*_infer(chosen, query, segs, parameters.hidden, flat, spec), chosen)
+        pooled, weights = _with_gradient(chosen, query, segs, parameters, spec, batch_statistics)
+    else:
+        pooled, weights = _infer(chosen, query, segs, parameters.hidden, flat, spec)
+    return Result(pooled, weights.to(history.dtype), chosen)
 
 
 # z of the layers with batch statistics is kept for the backward up to this; beyond, it is computed again in each pass.
@@ -137,8 +140,8 @@ def _with_gradient(
     arguments = segs_arguments(segs, query)
     activation = _activation(spec) if parameters.hidden else (ACTIVATIONS.index("identity"), 0.0)
     rows = segs.history.shape[0] * segs.history.shape[1]
-    panel_bytes = ops.panel_rows(segs.history, None, None) * segs.history.element_size()
-    absent = query.new_empty(0)
+    absent = weights[0].new_empty(0)
+    row_bytes = ops.kept_rows(backend, segs.history, None, None, query) * absent.element_size()
     affines: list[fold.Affine] = []
     kept: list[Tensor] = []
     updates: list[tuple[HiddenLayer, fold.Affine, Tensor, Tensor]] = []
@@ -147,8 +150,9 @@ def _with_gradient(
         mean = variance = count = None
         panel = absent
         if batch_mode(layer.norm) or batch_mode(layer.gate_norm):
-            layer_bytes = panel_bytes * layer.weight.shape[0]
-            keep = kept_bytes + layer_bytes <= KEEP_LIMIT_BYTES
+            layer_bytes = row_bytes * layer.weight.shape[0]
+            # Triton's forward would keep it else: its backward reads z of every layer but the first.
+            keep = backend == "triton" or kept_bytes + layer_bytes <= KEEP_LIMIT_BYTES
             kept_bytes += layer_bytes if keep else 0
             with torch.no_grad():
                 count, mean, m2, panel = ops.call(
@@ -184,7 +188,7 @@ def _folded(parameters: UnitParameters, spec: UnitSpec) -> tuple[tuple[HiddenLay
         weights += list(fold.fold_first_layer(layer.weight, spec.blocks)) if i == 0 else [layer.weight]
         weights.append(layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias)
     weights += [weight.reshape(-1), weight.new_zeros(1) if bias is None else bias]
-    return hidden, weights
+    return hidden, [fold.wide(t) for t in weights]
 
 
 def segs_arguments(segs: segments.Segments, query: Tensor) -> tuple[Tensor | None, ...]:

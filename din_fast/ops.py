@@ -2,7 +2,7 @@
 
 A backend ``name`` has five ops, on segments (:mod:`din_fast.segments`) and folded parameters (:mod:`din_fast.fold`):
 
-``{name}_moments``           mean and M2 of a hidden layer's z over all rows, and z itself in panels where it is kept
+``{name}_moments``           mean and M2 of a hidden layer's z over all rows, and z itself where it is kept
 ``{name}_forward``           pooled vectors and weights of the positions
 ``{name}_backward_moments``  one pass of the backward down to a layer with batch statistics: the sums that they need
 ``{name}_backward``          the last pass, down to the inputs
@@ -13,7 +13,7 @@ Arguments of the first four, beside the segments:
 weights    A_q, A_k, A_p (H1, D), b1; (W, b) of each further hidden layer; the score's weight (H,) and bias (1,)
 affine     six a hidden layer, (H,) or empty: center, norm_scale, norm_shift, gate_scale, gate_shift, slope
 response   one a hidden layer, (2, 4, H) float64, or empty where the layer has no batch statistics
-kept       one a hidden layer: z in panels, or empty where it is computed again
+kept       one a hidden layer: z in the backend's own layout, or empty where it is computed again
 sums       one a hidden layer, (5, H) float64, or empty while unknown: dn (z - center), dn, dx (z - center), dx, d slope
 local      what one pass of the backward leaves to the next: d score, and dz of a layer without its statistics' answer
 (Lists hold tensors only: torch.library gives no gradient to a list with a None in it. Absent is empty.)
@@ -24,12 +24,13 @@ values, candidate_matrix, window_offsets, dropout, seed: not built yet; anything
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from din_fast.backends import native
+from din_fast.backends import native, triton
 
 SUMS = 5  # rows of `sums`
 AFFINES = 6  # tensors a layer in `affine`
@@ -54,6 +55,13 @@ def call(backend: str, name: str, *arguments: Any) -> list[Tensor]:
     return result
 
 
+def kept_rows(backend: str, history: Tensor, starts: Tensor | None, lengths: Tensor | None, query: Tensor) -> int:
+    """Rows of the buffers that a backend keeps something of every position in."""
+    if backend == "native":
+        return panel_rows(history, starts, lengths)
+    return history.shape[0] if starts is not None else query.shape[0] * history.shape[1]
+
+
 def panel_rows(history: Tensor, starts: Tensor | None, lengths: Tensor | None) -> int:
     """Rows that the panels of all users hold together."""
     if starts is None:
@@ -66,66 +74,94 @@ def _units(weights: Sequence[Tensor]) -> list[int]:
     return [int(b.shape[0]) for b in weights[3:-2:2]]
 
 
-def _fake_moments(*arguments: Any) -> list[Tensor]:
-    history, starts, lengths, _, _, _, weights, _, _, _, layer, keep, *_ = arguments
+def _fake_moments(backend: str, *arguments: Any) -> list[Tensor]:
+    history, starts, lengths, _, _, query, weights, _, _, _, layer, keep, *_ = arguments
     units = _units(weights)[layer]
+    keep = keep and (layer > 0 or backend == "native")  # on a GPU z of the first layer is made again
+    size = kept_rows(backend, history, starts, lengths, query) * units if keep else 0
     count = history.new_empty((), dtype=torch.float64)
-    size = panel_rows(history, starts, lengths) * units if keep else 0
-    return [count, history.new_empty(units), history.new_empty(units), history.new_empty(size)]
+    return [count, *(history.new_empty(n, dtype=_wide(history)) for n in (units, units, size))]
 
 
-def _fake_forward(*arguments: Any) -> list[Tensor]:
-    history, query = arguments[0], arguments[5]
-    return [history.new_empty(query.shape), history.new_empty(history.shape[:-1]), history.new_empty(0)]
+def _fake_forward(backend: str, *arguments: Any) -> list[Tensor]:
+    history, starts, lengths, _, _, query, weights, _, _, kept = arguments[:10]
+    size = 0
+    if backend == "triton":  # z of the layers after the first, where the moments have not kept it
+        units = _units(weights)
+        missing = (n for i, n in enumerate(units) if i and not (i < len(kept) and kept[i].numel()))
+        size = kept_rows(backend, history, starts, lengths, query) * sum(missing)
+    return [*_fake_infer(backend, *arguments), history.new_empty(size, dtype=_wide(history))]
 
 
-def _fake_infer(*arguments: Any) -> list[Tensor]:
-    return _fake_forward(*arguments)[:2]
+def _fake_infer(backend: str, *arguments: Any) -> list[Tensor]:
+    history, starts, query = arguments[0], arguments[1], arguments[5]
+    shape = history.shape[:-1] if starts is not None else (query.shape[0], history.shape[1])
+    return [history.new_empty(query.shape), history.new_empty(shape, dtype=_wide(history))]
+
+
+def _wide(history: Tensor) -> torch.dtype:
+    """What half types are widened to, within an op and in all that it gives but the pooled vectors."""
+    return torch.promote_types(history.dtype, torch.float32)
 
 
 def _fake_backward_pass(
-    common: Sequence[Any], from_layer: int, to: int, need_history: bool, need_query: bool, need_weights: bool
+    backend: str,
+    common: Sequence[Any],
+    from_layer: int,
+    to: int,
+    need_history: bool,
+    need_query: bool,
+    need_weights: bool,
 ) -> list[Tensor]:
     _, _, history, starts, lengths, _, _, query, weights, _, _, _, _, sums, local, *_ = common
     units = _units(weights)
-    layers = len(units)
-    empty = history.new_empty
-    out = [empty(0) for _ in range(2 + len(weights) + layers + 2)]
-    rows = panel_rows(history, starts, lengths)
+    layers, wide = len(units), _wide(history)
+
+    def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
+        return history.new_empty(shape, dtype=dtype)
+
+    out = [empty(0) for _ in range(2 + len(weights))] + [empty(0, dtype=torch.float64) for _ in units]
+    out += [empty(0), empty(0)]
+    rows = kept_rows(backend, history, starts, lengths, query)
     first_sum = 2 + len(weights)
     if not local:
         out[-2] = empty(rows)
         if need_weights:
             out[first_sum - 2] = empty(units[-1])
             out[first_sum - 1] = empty(1)
-    if 0 <= to < layers - 1:
-        out[-1] = empty(rows * units[to])
+    if backend == "native":
+        if 0 <= to < layers - 1:
+            out[-1] = empty(rows * units[to])
+    elif to >= 0:  # the lowest layer but the first
+        reached = max(to, 1)
+        if reached < (from_layer if local else layers):
+            out[-1] = empty(rows * units[reached])
     for i in range(from_layer, max(to, 0) - 1, -1):
-        if sums[i].numel() == 0:
-            out[first_sum + i] = empty((SUMS, units[i]), dtype=torch.float64)
+        if sums[i].numel() == 0 and (backend == "native" or i == to or need_weights):
+            out[first_sum + i] = empty(SUMS, units[i], dtype=torch.float64)
         if i != to and need_weights:
             if i:
-                out[2 + 2 * i + 2] = empty(weights[2 * i + 2].shape)
+                out[2 + 2 * i + 2] = empty(*weights[2 * i + 2].shape)
             out[2 + 2 * i + 3] = empty(units[i])
     if to < 0:
         if need_weights:
             for i in range(3):
-                out[2 + i] = empty(weights[i].shape)
+                out[2 + i] = empty(*weights[i].shape)
         if need_query:
-            out[1] = empty(query.shape)
+            out[1] = history.new_empty(query.shape)
         if need_history:
-            out[0] = empty(history.shape)
+            out[0] = history.new_empty(history.shape)
     return out
 
 
-def _fake_backward_moments(*arguments: Any) -> list[Tensor]:
+def _fake_backward_moments(backend: str, *arguments: Any) -> list[Tensor]:
     from_layer, layer, need_weights = arguments[18:21]
-    return _fake_backward_pass(arguments[:18], from_layer, layer, False, False, need_weights)
+    return _fake_backward_pass(backend, arguments[:18], from_layer, layer, False, False, need_weights)
 
 
-def _fake_backward(*arguments: Any) -> list[Tensor]:
+def _fake_backward(backend: str, *arguments: Any) -> list[Tensor]:
     from_layer, need_history, need_query, need_weights = arguments[18:22]
-    return _fake_backward_pass(arguments[:18], from_layer, -1, need_history, need_query, need_weights)
+    return _fake_backward_pass(backend, arguments[:18], from_layer, -1, need_history, need_query, need_weights)
 
 
 def _forward_with_autograd(backend: str) -> Callable[..., list[Tensor]]:
@@ -143,18 +179,19 @@ def _forward_with_autograd(backend: str) -> Callable[..., list[Tensor]]:
             with torch._C._AutoDispatchBelowAutograd():
                 pooled, scores, kept = forward(*tensors[:6], *lists, *rest)
             ctx.counts, ctx.rest = counts, rest
-            ctx.save_for_backward(*tensors, scores)
+            ctx.save_for_backward(*tensors, scores, kept)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(kept)
             return pooled, scores, kept
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            *tensors, scores = ctx.saved_tensors
+            *tensors, scores, new_kept = ctx.saved_tensors
             out: list[Any] = [None] * (2 + len(tensors))
             if grads[0] is None and grads[1] is None:
                 return tuple(out)
             weights, affine, response, kept = _split(tensors[6:], ctx.counts)
+            kept = _with_new(kept, new_kept, _units(weights))
             needs = ctx.needs_input_grad[2:]
             first_weight = 6
             first_affine = first_weight + len(weights)
@@ -170,7 +207,7 @@ def _forward_with_autograd(backend: str) -> Callable[..., list[Tensor]]:
                 out[2 + first_weight : 2 + first_affine] = d_weights
                 for i in range(len(response)):
                     # The center is a constant, the others have their sum.
-                    for j, row in enumerate(sums[i].to(tensors[0].dtype).unbind(), start=AFFINES * i + 1):
+                    for j, row in enumerate(sums[i].to(weights[0].dtype).unbind(), start=AFFINES * i + 1):
                         out[2 + first_affine + j] = row if affine[j].numel() else None
             return tuple(out)
 
@@ -187,6 +224,16 @@ def _split(tensors: Sequence[Any], counts: list[int]) -> list[list[Any]]:
         lists.append(list(tensors[start : start + count]))
         start += count
     return lists
+
+
+def _with_new(kept: list[Tensor], new: Tensor, units: list[int]) -> list[Tensor]:
+    """What the moments have kept, and what forward has besides: z of the other layers but the first, side by side."""
+    missing = [i for i in range(1, len(units)) if kept[i].numel() == 0]
+    if new.numel() == 0:
+        return kept
+    rows = new.numel() // sum(units[i] for i in missing)
+    parts = dict(zip(missing, new.split([rows * units[i] for i in missing]), strict=True))
+    return [parts.get(i, t) for i, t in enumerate(kept)]
 
 
 def _all_passes(
@@ -219,7 +266,8 @@ def _all_passes(
             continue
         out = op(backend, "backward_moments")(*arguments, sums, local, *reserved, top, layer, need_weights, *numbers)
         take(out)
-        local = [out[-2] if not local else local[0], out[-1]]
+        # A backend that keeps d z of another layer gives none where the pass before has given it already.
+        local = [local[0], out[-1] if out[-1].numel() else local[1]] if local else out[-2:]
         top = layer
     out = op(backend, "backward")(
         *arguments, sums, local, *reserved, top, need_history, need_query, need_weights, *numbers
@@ -247,12 +295,51 @@ def register(backend: str) -> None:
         "backward": (_fake_backward, "the gradient of a gradient is not implemented"),
         "infer": (_fake_infer, "infer is for calls without gradient; use forward"),
     }
-    torch.library.register_fake(f"din_fast::{backend}_forward", _fake_forward)
+    torch.library.register_fake(f"din_fast::{backend}_forward", partial(_fake_forward, backend))
     torch.library.impl(f"din_fast::{backend}_forward", "Autograd")(_forward_with_autograd(backend))
     for name, (fake, message) in names.items():
-        torch.library.register_fake(f"din_fast::{backend}_{name}", fake)
+        torch.library.register_fake(f"din_fast::{backend}_{name}", partial(fake, backend))
         torch.library.register_autograd(f"din_fast::{backend}_{name}", _no_gradient(message), setup_context=_no_setup)
+
+
+# The schemas, as csrc/ops.cpp has them for the native backend.
+_SEGMENTS = "Tensor history, Tensor? starts, Tensor? lengths, Tensor? candidate_offsets, Tensor? mask, Tensor query"
+_ABSENT = "Tensor? values, Tensor? candidate_matrix, Tensor? window_offsets"
+_LISTS = "Tensor[] weights, Tensor[] affine, Tensor[] response, Tensor[] kept"
+_SCORE = "int score_activation, bool softmax, int empty, int pooling"
+_NUMBERS = f"int activation, float dice_eps, bool pads_are_input, {_SCORE}, float dropout, int seed"
+_PASS = f"{_LISTS}, Tensor scores, Tensor[] sums, Tensor[] local, {_ABSENT}, int from_layer"
+_GRADIENTS = "Tensor? grad_pooled, Tensor? grad_scores"
+SCHEMAS = {
+    "moments": f"({_SEGMENTS}, Tensor[] weights, Tensor[] affine, Tensor[] kept, Tensor? candidate_matrix, int layer, "
+    "bool keep, int activation, float dice_eps, bool pads_are_input, float dropout, int seed) -> Tensor[]",
+    "forward": f"({_SEGMENTS}, {_LISTS}, {_ABSENT}, {_NUMBERS}) -> Tensor[]",
+    "backward_moments": f"({_GRADIENTS}, {_SEGMENTS}, {_PASS}, int layer, bool need_weights, {_NUMBERS}) -> Tensor[]",
+    "backward": f"({_GRADIENTS}, {_SEGMENTS}, {_PASS}, bool need_history, bool need_query, bool need_weights, "
+    f"{_NUMBERS}) -> Tensor[]",
+    "infer": f"({_SEGMENTS}, Tensor?[] parameters, int[] blocks, float[] eps, int activation, float dice_eps, "
+    f"{_SCORE}) -> Tensor[]",
+}
+_library = torch.library.Library("din_fast", "FRAGMENT")
+
+
+def _triton_op(name: str) -> Callable[..., list[Tensor]]:
+    """The implementation of a Triton op; Triton is imported at the first call."""
+
+    def run(*arguments: Any) -> list[Tensor]:
+        from din_fast.backends.triton import entry
+
+        result: list[Tensor] = getattr(entry, name)(*arguments)
+        return result
+
+    return run
 
 
 if native.why_not() is None:
     register("native")
+if triton.version() is not None:
+    for _name, _schema in SCHEMAS.items():
+        _library.define(f"triton_{_name}{_schema}")
+        for _key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter; dispatch.py sees to that
+            _library.impl(f"triton_{_name}", _triton_op(_name), _key)
+    register("triton")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from din_fast.spec import UnitParameters, UnitSpec
 
-FLOATS = (torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -69,7 +69,7 @@ def prepare(
     if dim < 1:
         raise ValueError(f"history: expected dim of at least 1, got shape {tuple(history.shape)}")
     if history.dtype not in FLOATS:
-        raise TypeError(f"history: expected float32 or float64, got {history.dtype}")
+        raise TypeError(f"history: expected float32, float64, bfloat16 or float16, got {history.dtype}")
     if query.dtype != history.dtype:
         raise TypeError(f"{query_name}: expected {history.dtype} as the history has, got {query.dtype}")
     _same_device(query_name, query, history)

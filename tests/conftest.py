@@ -25,13 +25,17 @@ def instruction_sets() -> list[str]:
         return ["portable"]
 
 
-@pytest.fixture(params=["native"])
+# Triton's interpreter has to be asked for before triton is imported: its tests are a process of their own.
+KERNELS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["native"]
+
+
+@pytest.fixture(params=KERNELS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every kernel; a test that uses it must see that this backend ran."""
     return str(request.param)
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=[*KERNELS, "reference"])
 def any_backend(request: pytest.FixtureRequest) -> str:
     """Every kernel and the reference, where the behaviour itself is the subject."""
     return str(request.param)

@@ -124,8 +124,20 @@ def test_inputs_of_another_dtype_than_the_parameters(any_backend: str) -> None:
     unit = fused_unit(preset("rechub", [6]), D, any_backend).train()
     with unchanged(unit), pytest.raises(TypeError, match=r"expected .*float.* got .*float"):
         unit(torch.randn(B, L, D, dtype=torch.float64), torch.randn(B, D, dtype=torch.float64))
-    with unchanged(unit), pytest.raises(TypeError, match=r"history: expected float32 or float64, got .*float16"):
+    with unchanged(unit), pytest.raises(TypeError, match=r"weight: expected torch.float16 .* got torch.float32"):
         unit(torch.randn(B, L, D).half(), torch.randn(B, D).half())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dtype_that_the_backend_does_not_have(training: bool, backend: str) -> None:
+    dtype, has = {
+        "native": (torch.float16, "float32 or float64"),
+        "triton": (torch.float64, "float32, bfloat16 or float16"),
+    }[backend]
+    unit = fused_unit(preset("rechub", [6]), D, backend).to(dtype).train(training)
+    message = rf"^history: expected {has} on the {backend} backend, got {dtype}$"
+    with unchanged(unit), pytest.raises(TypeError, match=message):
+        unit(torch.randn(B, L, D, dtype=dtype), torch.randn(B, D, dtype=dtype))
 
 
 def test_inputs_on_another_device_than_the_parameters(any_backend: str) -> None:

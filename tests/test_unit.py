@@ -238,6 +238,14 @@ def test_auto_falls_back_with_one_warning_that_says_why(monkeypatch: pytest.Monk
         assert ran(FusedActivationUnit(D)) == "reference"
 
 
+def test_auto_falls_back_for_a_dtype_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_told", set())
+    unit = FusedActivationUnit(D).half()
+    with pytest.warns(RuntimeWarning, match="reference: .*float16"):
+        out = unit(INPUTS.history.half(), INPUTS.target.half())
+    assert out.dtype == torch.float16 and unit.last_backend == "reference"
+
+
 def test_auto_falls_back_on_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_told", set())
     unit = FusedActivationUnit(D).to("meta")

@@ -207,6 +207,7 @@ class Comparison:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.roundoff = torch.finfo(dtype).eps / 2
         self.size: dict[str, float] = {}
         self.largest: dict[tuple[str, str], float] = {}
         self.squares: dict[tuple[str, str], tuple[float, int]] = {}
@@ -234,7 +235,7 @@ class Comparison:
                 plain, fused = error((name, "plain")), error((name, "fused"))
                 limit = DOUBLE * size
                 if self.dtype != torch.float64:
-                    limit = FACTOR * plain + EXTRA * torch.finfo(self.dtype).eps / 2 * size
+                    limit = FACTOR * plain + EXTRA * self.roundoff * size
                 rows.append((name, measure, size, plain, fused, limit))
         return rows
 

@@ -1,0 +1,456 @@
+"""The forward pass: scores, softmax (online), pooling.
+
+``forward_kernel``  program = (a tile's candidates, one part of the history): positions in tiles, hidden units in chunks
+``merge_kernel``    program = candidate: the parts of a long history, merged
+
+While positions are gone through, the scores' buffer holds raw scores (minus infinity where a position does not count
+under softmax); they become weights in the end, when the largest score and the sum are known.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from din_fast.backends.triton import tiling
+from din_fast.backends.triton.arithmetic import (
+    DICE_ROW,
+    LOG2E,
+    SCORE,
+    activation,
+    count_valid,
+    enter_tile,
+    first_chunk,
+    first_row_statistics,
+    is_valid,
+    load_piece,
+    load_rows,
+    locate,
+    parameter,
+    piece_score,
+    pooling_scale,
+    second_layer,
+    sigmoid,
+    store_piece,
+    sum_rows,
+    third_layer,
+    tile_rows,
+    to_rows,
+)
+from din_fast.backends.triton.operands import OPTIONS, Call, on_device
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def finite(m):
+    """The largest score as what is subtracted: where there is none, anything will do."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def inverse_of(total):
+    return tl.where(total == 0.0, 0.0, 1.0 / total)  # NaN stays NaN
+
+
+@triton.jit
+def pool(weight, k, BC: tl.constexpr, LP: tl.constexpr):
+    """(BC, d): the sum of weight times k over each candidate's rows.
+
+    Half types and one candidate: a product with the weight in three parts, exact to float32 although its operands are
+    not, and without a float32 copy of k.
+    """
+    if BC > 1 or k.dtype == tl.float32:
+        s = sum_rows(weight[:, None] * k.to(tl.float32), BC, LP)
+    else:
+        r = tl.arange(0, 16)[:, None]
+        high = weight.to(k.dtype).to(tl.float32)
+        middle = (weight - high).to(k.dtype).to(tl.float32)
+        low = weight - high - middle
+        parts = tl.where(r == 0, high[None, :], tl.where(r == 1, middle[None, :], tl.where(r == 2, low[None, :], 0.0)))
+        s = tl.sum(tl.dot(parts.to(k.dtype), k), 0)[None, :]
+    return s
+
+
+@triton.jit
+def to_weights(scores_ptr, first, pos, total, m, factor):
+    """Raw scores at these positions -> weights, in place."""
+    at = scores_ptr + first + pos
+    s = tl.load(at, mask=pos < total, other=float("-inf"))
+    tl.store(at, exp(s - m) * factor, mask=pos < total)
+
+
+@triton.jit
+def forward_kernel(
+    k_ptr,
+    starts_ptr,
+    lengths_ptr,
+    mask_ptr,
+    users_ptr,
+    candidates,
+    length,
+    rows,
+    user_stride,
+    row_stride,
+    q_ptr,
+    q_stride,
+    c_ptr,
+    ak_ptr,
+    ap_ptr,
+    hp,
+    dim,
+    p0_ptr,
+    units0,
+    w1_ptr,
+    p1_ptr,
+    units1,
+    w2_ptr,
+    p2_ptr,
+    units2,
+    eps,
+    z1_ptr,
+    z2_ptr,
+    bias_ptr,
+    scores_ptr,
+    pooled_ptr,
+    part_ptr,
+    part_rows,
+    BC: tl.constexpr,
+    LP: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    NA: tl.constexpr,
+    NB: tl.constexpr,
+    MA: tl.constexpr,
+    MB: tl.constexpr,
+    LAYERS: tl.constexpr,
+    START: tl.constexpr,
+    KEEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MASK: tl.constexpr,
+    PADS: tl.constexpr,
+    ACT: tl.constexpr,
+    NORM: tl.constexpr,
+    SCORE_ACT: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    EMPTY: tl.constexpr,
+    POOLING: tl.constexpr,
+    PREC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """START: the layer whose z is read from its buffer (z1, z2), 0 to begin with the history. KEEP: bit 0 and bit 1:
+    write z1 and z2.
+
+    PARTS: the history is cut into tl.num_programs(1) parts of part_rows rows; what a part gives goes to
+    part (parts, candidates, dim + 2): the weighted sum, the largest score and the sum of exponentials.
+    """
+    seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
+    folded = (c_ptr, ak_ptr, ap_ptr, hp)
+    c0 = tl.program_id(0).to(tl.int64) * BC
+    c = tile_rows(c0, 0, BC, LP)[0]
+    user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
+    found = tl.zeros((BC,), tl.float32)
+    if POOLING == 2 or (SOFTMAX and EMPTY != 0):
+        found = count_valid(seg, c0, c, user, total, count, MASK, BC, LP)
+    # A softmax over nothing with another answer than zeros: all rows count, with one score.
+    nothing = to_rows(found == 0.0, BC, LP)
+
+    begin = 0
+    own_end = LP  # several candidates a tile: there is one tile
+    if BC == 1:
+        own_end = total.to(tl.int32)
+        if PARTS:
+            begin = tl.program_id(1) * part_rows
+            own_end = tl.minimum(own_end, begin + part_rows)
+        stop = own_end
+        # Rows beyond the lengths are gone through where their z is kept, or where they may get a weight.
+        if not (PADS and KEEP > 0) and not (SOFTMAX and EMPTY != 0):
+            stop = tl.minimum(own_end, count.to(tl.int32))
+    else:
+        stop = own_end
+
+    d = tl.arange(0, BD)
+    acc = tl.zeros((BC, BD), tl.float32)
+    m = tl.full((BC,), float("-inf"), tl.float32)
+    total_exp = tl.zeros((BC,), tl.float32)
+    bias = tl.load(bias_ptr)
+    for l0 in tl.range(begin, stop, LP):
+        pos = tile_rows(c0, l0, BC, LP)[1]
+        inside = (pos < total) & (pos < own_end)
+        valid = is_valid(seg, user, pos, count, MASK) & inside
+        if SOFTMAX and EMPTY != 0:
+            valid = (valid | nothing) & inside
+        ok = valid
+        if PADS:
+            ok = inside
+        if START == 0:
+            tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
+            mean = tl.zeros((BC * LP,), tl.float32)  # row Dice only
+            inverse = mean
+            if ACT == DICE_ROW:
+                mean, inverse = first_row_statistics(tile, folded, p0_ptr, units0, eps, BC, BD, BH, WIDE, PREC, NORM)
+        if LAYERS == 1:
+            part = tl.zeros((BC * LP, BH), tl.float32)
+            for h0 in tl.range(0, hp, BH):
+                h = h0 + tl.arange(0, BH)
+                z = first_chunk(tile, folded, h, BC, BD, WIDE, PREC)
+                y = activation(z, mean, inverse, p0_ptr, hp, h, ACT, NORM, FAST)
+                part += y * parameter(p0_ptr, hp, SCORE, h)
+            s = tl.sum(part, 1)
+        else:
+            if START == 0:
+                za, zb = second_layer(
+                    tile, folded, mean, inverse, p0_ptr, w1_ptr, p1_ptr,
+                    NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
+                )  # fmt: skip
+                if KEEP & 1:
+                    store_piece(z1_ptr, first, pos, ok, units1, za, 0, NA)
+                    if NB > 0:
+                        store_piece(z1_ptr, first, pos, ok, units1, zb, NA, NB)
+            elif START == 1:
+                za = load_piece(z1_ptr, first, pos, ok, units1, 0, NA)
+                zb = za
+                if NB > 0:
+                    zb = load_piece(z1_ptr, first, pos, ok, units1, NA, NB)
+            if LAYERS == 2:
+                s = piece_score(za, zb, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST)
+            else:
+                if START < 2:
+                    oa, ob = third_layer(
+                        za, zb, p1_ptr, units1, eps, w2_ptr, p2_ptr, NA, NB, MA, MB, PREC, ACT, NORM, FAST
+                    )
+                    if KEEP & 2:
+                        store_piece(z2_ptr, first, pos, ok, units2, oa, 0, MA)
+                        if MB > 0:
+                            store_piece(z2_ptr, first, pos, ok, units2, ob, MA, MB)
+                else:
+                    oa = load_piece(z2_ptr, first, pos, ok, units2, 0, MA)
+                    ob = oa
+                    if MB > 0:
+                        ob = load_piece(z2_ptr, first, pos, ok, units2, MA, MB)
+                s = piece_score(oa, ob, p2_ptr, units2, eps, MA, MB, ACT, NORM, FAST)
+        s += bias
+        if SCORE_ACT == 1:
+            s = sigmoid(s, FAST)
+        if SOFTMAX:
+            if EMPTY == 1:
+                s = tl.where(nothing, 0.0, s)
+            if EMPTY == 2:
+                s = tl.where(nothing, float("nan"), s)
+            s = tl.where(valid, s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(tl.reshape(s, (BC, LP)), 1))
+            base = finite(m_new)
+            weight = exp(s - to_rows(base, BC, LP))
+            before = exp(m - base)
+            total_exp = total_exp * before + sum_rows(weight, BC, LP)
+            acc = acc * before[:, None]
+            m = m_new
+        else:
+            s = tl.where(valid, s, 0.0)
+            weight = s
+        tl.store(scores_ptr + first + pos, s, mask=inside)
+        if not WIDE:
+            k = tile[0] if START == 0 else load_rows(k_ptr, start, pos, row_stride, d, ok, dim)
+            acc += pool(weight, k, BC, LP)
+
+    if BC == 1:  # rows that were left out
+        done = begin + tl.cdiv(tl.maximum(stop - begin, 0), LP) * LP
+        for l0 in tl.range(done, own_end, LP):
+            pos = l0 + tl.arange(0, LP)
+            value = 0.0
+            if SOFTMAX:
+                value = float("-inf")
+            tl.store(scores_ptr + first + pos, tl.zeros((LP,), tl.float32) + value, mask=pos < own_end)
+
+    # What is left: scale, raw scores -> weights; WIDE: the pooling, a slice of columns at a time.
+    scale = pooling_scale(POOLING, found, total, BC, LP)
+    base = finite(m)
+    if SOFTMAX and not PARTS:
+        scale = scale * inverse_of(total_exp)
+    if PARTS:
+        scale = tl.full((BC,), 1.0, tl.float32)
+    cs = c0 + tl.arange(0, BC)
+    here = cs < candidates
+    out_ptr = pooled_ptr
+    out_stride = dim
+    at = cs
+    if PARTS:
+        out_ptr = part_ptr
+        out_stride = dim + 2
+        at = cs + tl.program_id(1).to(tl.int64) * candidates
+        tl.store(part_ptr + at * out_stride + dim, m, mask=here)
+        tl.store(part_ptr + at * out_stride + dim + 1, total_exp, mask=here)
+    if not WIDE:
+        v = (acc * scale[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (at * out_stride)[:, None] + d[None, :], v, mask=here[:, None] & (d < dim)[None, :])
+    if WIDE or SOFTMAX:
+        tl.debug_barrier()  # other threads wrote the scores that are read below
+    if WIDE:
+        for d0 in tl.range(0, dim, BD):
+            e = d0 + d
+            acc = tl.zeros((BC, BD), tl.float32)
+            for l0 in tl.range(begin, stop, LP):
+                pos = l0 + tl.arange(0, LP)
+                ok = pos < own_end
+                if not PADS:
+                    valid = is_valid(seg, user, pos, count, MASK)
+                    if SOFTMAX and EMPTY != 0:
+                        valid = valid | nothing
+                    ok = ok & valid
+                s = tl.load(scores_ptr + first + pos, mask=ok, other=0.0)
+                if SOFTMAX:
+                    s = tl.where(ok, exp(s - base), 0.0)
+                acc += pool(s, load_rows(k_ptr, start, pos, row_stride, e, ok, dim), BC, LP)
+            v = (acc * scale[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + (at * out_stride)[:, None] + e[None, :], v, mask=here[:, None] & (e < dim)[None, :])
+        tl.debug_barrier()
+    if SOFTMAX and not PARTS:
+        factor = to_rows(inverse_of(total_exp), BC, LP)
+        for l0 in tl.range(0, own_end, LP):
+            pos = tile_rows(c0, l0, BC, LP)[1]
+            to_weights(scores_ptr, first, pos, total, to_rows(base, BC, LP), factor)
+
+
+@triton.jit
+def merge_kernel(
+    k_ptr,
+    starts_ptr,
+    lengths_ptr,
+    mask_ptr,
+    users_ptr,
+    candidates,
+    length,
+    rows,
+    user_stride,
+    row_stride,
+    dim,
+    scores_ptr,
+    pooled_ptr,
+    part_ptr,
+    parts,
+    LP: tl.constexpr,
+    BD: tl.constexpr,
+    RAGGED: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    POOLING: tl.constexpr,
+):
+    """Merge the parts of one candidate's history, in order; BD columns at a time."""
+    seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
+    c = tl.program_id(0).to(tl.int64)
+    user, _, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
+    found = tl.zeros((1,), tl.float32)
+    if POOLING == 2:
+        found = count_valid(seg, c, c, user, total, count, MASK, 1, LP)
+    one = tl.zeros((1,), tl.int32)
+    m = tl.full((1,), float("-inf"), tl.float32)
+    step = candidates * (dim + 2)
+    state = part_ptr + c * (dim + 2) + dim + one
+    if SOFTMAX:
+        for i in tl.range(0, parts):
+            m = tl.maximum(m, tl.load(state + i * step))
+    base = finite(m)
+    total_exp = tl.zeros((1,), tl.float32)
+    if SOFTMAX:
+        for i in tl.range(0, parts):
+            total_exp += exp(tl.load(state + i * step) - base) * tl.load(state + i * step + 1)
+    scale = pooling_scale(POOLING, found, total, 1, LP)
+    if SOFTMAX:
+        scale = scale * inverse_of(total_exp)
+    for d0 in tl.range(0, dim, BD):
+        d = d0 + tl.arange(0, BD)
+        acc = tl.zeros((BD,), tl.float32)
+        for i in tl.range(0, parts):
+            v = tl.load(part_ptr + i * step + c * (dim + 2) + d, mask=d < dim, other=0.0)
+            if SOFTMAX:
+                v = v * exp(tl.load(state + i * step) - base)
+            acc += v
+        tl.store(pooled_ptr + c * dim + d, (acc * scale).to(pooled_ptr.dtype.element_ty), mask=d < dim)
+    if SOFTMAX:
+        for l0 in tl.range(0, total.to(tl.int32), LP):
+            to_weights(scores_ptr, first, l0 + tl.arange(0, LP), total, base, inverse_of(total_exp))
+
+
+def forward(
+    call: Call,
+    kept: dict[int, Tensor],
+    keep: bool,
+    pads_are_input: bool,
+    score_activation: int,
+    softmax: bool,
+    empty: int,
+    pooling: int,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """(pooled (C, D), weights float32 (C, L) or ragged (N,), z of the layers after the first).
+
+    kept: z of layers that the moments have made already, by layer; with ``keep`` the others' are made and returned.
+    """
+    ragged = call.starts is not None
+    pooled = call.empty(call.candidates, call.dim, dtype=call.history.dtype)
+    if ragged:  # rows outside all segments have a weight too
+        scores = torch.zeros(call.rows, dtype=torch.float32, device=call.history.device)
+    else:
+        scores = call.empty(call.candidates, call.length)
+    missing = [i for i in range(1, call.layers) if i not in kept]
+    start = 0 if missing else call.layers - 1
+    if missing and missing[0] > 1:
+        start = missing[0] - 1
+    z = dict(kept)
+    if keep:
+        z |= {i: call.empty(call.rows, call.units[i]) for i in missing}
+    if call.candidates == 0:
+        return pooled, scores, z
+    plan, tile = call.plan, call.plan.forward
+    parts = plan.parts
+    part = call.empty(parts, call.candidates, call.dim + 2) if parts > 1 else call.none
+    with on_device(call.history):
+        forward_kernel[(call.blocks(tile), parts)](
+            *call.segments,
+            *call.first,
+            *call.network(z),
+            call.bias,
+            scores,
+            pooled,
+            part,
+            plan.part_rows,
+            **call.tile_flags(tile),
+            **call.widths(),
+            LAYERS=call.layers,
+            START=start,
+            KEEP=sum(1 << i - 1 for i in missing) if keep else 0,
+            PARTS=parts > 1,
+            PADS=pads_are_input,
+            SCORE_ACT=score_activation,
+            SOFTMAX=softmax,
+            EMPTY=empty,
+            POOLING=pooling,
+            **call.flags,
+            **call.unit_flags,
+        )
+        if parts > 1:
+            merge_kernel[(call.candidates,)](
+                *call.segments,
+                call.dim,
+                scores,
+                pooled,
+                part,
+                parts,
+                LP=256,
+                BD=min(tiling.power_of_two(call.dim, 16), 128),
+                SOFTMAX=softmax,
+                POOLING=pooling,
+                **OPTIONS,
+                **call.flags,
+            )
+    return pooled, scores, z

@@ -1,0 +1,325 @@
+"""The arguments of an op -> what the kernels take: padded, transposed, in tables; nothing is read from the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from din_fast.backends.triton import tiling
+from din_fast.backends.triton.arithmetic import PARAMETERS
+from din_fast.fold import fold_table
+from din_fast.spec import ACTIVATIONS
+
+AFFINES = 6  # tensors a layer in the op's `affine`, see din_fast/ops.py
+FIELDS = 11  # tensors a hidden layer in the parameters of `infer`
+OPTIONS = {"enable_fp_fusion": True}  # of every launch: a multiplication and an addition are one instruction
+HALF = (torch.bfloat16, torch.float16)
+
+
+def float32_precision() -> str:
+    """How float32 products are made, as torch's own are: ``tf32`` or ``ieee``.
+
+    Only the new settings are read: torch raises when the old ones (allow_tf32) are read after a new one was set.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None else "ieee"
+
+
+def on_device(t: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device: make it the tensor's."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
+
+
+def device_limits(device: torch.device) -> tiling.Limits:
+    if device.type != "cuda":
+        return tiling.Limits()
+    properties = torch.cuda.get_device_properties(device)
+    return tiling.Limits(getattr(properties, "shared_memory_per_block_optin", tiling.Limits().shared_memory))
+
+
+@triton.jit
+def _square_kernel(x_ptr, y_ptr):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, tl.dot(x, x))
+
+
+@cache
+def _bfloat16_is_right() -> bool:
+    """Triton's interpreter takes bfloat16 for 16-bit integers in products; our tests mend it."""
+    x = torch.eye(16, dtype=torch.bfloat16) * 1.5
+    y = torch.empty(16, 16)
+    _square_kernel[(1,)](x, y)
+    return torch.equal(y, x.float() @ x.float())
+
+
+class Call:
+    """One call: segments, folded weights and tables of parameters, ready for any kernel.
+
+    Attributes:
+        plan: the tiles. layers: how many. units: their widths. rows: in (rows, .) buffers.
+        segments, query, first: the arguments that every kernel begins with.
+        tables: (PARAMETERS, width) float32 of each layer; weights: each further layer's, transposed, (inputs, width),
+            in the history's dtype.
+        flags: compile-time constants that every kernel takes.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Any],
+        weights: Sequence[Tensor],
+        affine: Sequence[Tensor],
+        activation: int,
+        dice_eps: float,
+    ) -> None:
+        history, starts, lengths, candidate_offsets, mask, query = segments
+        self.history, self.query, self.mask = history, query, mask
+        self.starts, self.lengths, self.candidate_offsets = starts, lengths, candidate_offsets
+        self.raw_weights, self.affine = weights, affine
+        self.units = [int(b.shape[0]) for b in weights[3:-2:2]]
+        self.layers = len(self.units)
+        self.activation, self.eps = activation, dice_eps
+        if history.dtype == torch.bfloat16 and history.device.type == "cpu" and not _bfloat16_is_right():
+            raise TypeError(
+                "history: expected float32 or float16 in Triton's interpreter, whose bfloat16 is wrong; got bfloat16"
+            )
+        _check(history, starts, lengths, candidate_offsets, mask, query)
+        ragged = starts is not None
+        self.dim = history.shape[-1]
+        self.candidates = query.shape[0]
+        self.users = self._users()
+        self.length = 0 if ragged else history.shape[1]
+        self.rows = history.shape[0] if ragged else self.candidates * self.length
+        half = history.dtype in HALF
+        self.precision = "ieee" if half else float32_precision()
+        self.row_dice = ACTIVATIONS[activation] == "dice_row"
+        mean_length = tiling.ceil_div(history.shape[0], max(self.users, 1)) if ragged else self.length
+        self.plan = tiling.plan(
+            tiling.Shape(
+                self.candidates,
+                self.users,
+                max(mean_length, 1),
+                self.dim,
+                tuple(self.units),
+                half,
+                self.precision == "tf32",
+                ragged,
+                self.row_dice,
+            ),
+            device_limits(history.device),
+        )
+        self.none = weights[-1]  # stands for a pointer that is not read
+        self.bias = weights[-1].float()
+        # A_q q + b1 of every candidate, and the matrices with the hidden units side by side.
+        hp = self.padded_units(0)
+        c = torch.addmm(weights[3].float(), query.float(), weights[0].float().t())
+        self.c = _pad(c, hp)
+        self.a_k, self.a_p = (_pad(weights[i].float().t(), hp) for i in (1, 2))
+        self.tables = [self._table(i) for i in range(self.layers)]
+        self.weights = [self._weight(i) for i in range(1, self.layers)]
+        users = self.none if candidate_offsets is None else _user_of(candidate_offsets, self.candidates)
+        self.segments = (
+            history,
+            self.none if starts is None else starts,
+            self.none if lengths is None else lengths,
+            self.none if mask is None else mask.view(torch.uint8),
+            users,
+            self.candidates,
+            self.length,
+            self.rows,
+            0 if ragged else history.stride(0),
+            history.stride(-2),
+        )
+        self.first = (query, query.stride(0), self.c, self.a_k, self.a_p, hp, self.dim)
+        self.flags: dict[str, Any] = {
+            "RAGGED": ragged,
+            "LENGTHS": lengths is not None and not ragged,
+            "GROUPS": candidate_offsets is not None,
+            "MASK": mask is not None,
+        }
+        self.unit_flags: dict[str, Any] = {
+            "ACT": activation,
+            "NORM": affine[1].numel() > 0,
+            "PREC": self.precision,
+            "FAST": half and history.device.type == "cuda" and torch.version.hip is None,
+        }
+
+    def _users(self) -> int:
+        if self.starts is not None:
+            return self.starts.shape[0]
+        return self.history.shape[0]
+
+    def padded_units(self, layer: int) -> int:
+        return sum(self.plan.pieces[layer - 1]) if layer else tiling.padded(self.units[0])
+
+    def _table(self, layer: int, answer: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The layer's parameters by row, as din_fast/backends/triton/arithmetic.py names them."""
+        center, norm_scale, norm_shift, gate_scale, gate_shift, slope = (
+            t.float() for t in self.affine[AFFINES * layer : AFFINES * (layer + 1)]
+        )
+        bias = self.raw_weights[2 * layer + 3].float()
+        zero = torch.zeros_like(bias)
+        score = self.raw_weights[-2].float() if layer == self.layers - 1 else zero
+        e0, e1 = (zero, zero) if answer is None else answer
+        rows = [bias, center, norm_scale, norm_shift, gate_scale, gate_shift, slope, score, e0, e1]
+        assert len(rows) == PARAMETERS
+        return _pad(torch.stack([r if r.numel() else zero for r in rows]), self.padded_units(layer))
+
+    def with_answer(self, layer: int, response: Tensor, sums: Tensor) -> None:
+        """Put into a layer's table how its batch statistics answer: dz -= e0 + e1 (z - center)."""
+        e = (response * sums[:4].unsqueeze(0)).sum(1).float()
+        self.tables[layer] = self._table(layer, (e[0], e[1]))
+
+    def _weight(self, layer: int) -> Tensor:
+        w = self.raw_weights[2 * layer + 2].t().to(self.history.dtype)
+        rows, columns = self.padded_units(layer - 1), self.padded_units(layer)
+        return F.pad(w, (0, columns - w.shape[1], 0, rows - w.shape[0])).contiguous()
+
+    def network(self, kept: dict[int, Tensor]) -> tuple[Any, ...]:
+        """Tables, weights and widths of the layers, the eps of Dice, and the z of the second and third layer."""
+        none = self.none
+
+        def layer(i: int) -> tuple[Any, ...]:
+            return (self.weights[i - 1], self.tables[i], self.units[i]) if i < self.layers else (none, none, 1)
+
+        z = tuple(kept.get(i, none) for i in (1, 2))
+        return (self.tables[0], self.units[0], *layer(1), *layer(2), self.eps, *z)
+
+    def widths(self) -> dict[str, int]:
+        pieces = [*self.plan.pieces, (16, 0), (16, 0)]
+        return {"NA": pieces[0][0], "NB": pieces[0][1], "MA": pieces[1][0], "MB": pieces[1][1]}
+
+    def tile_flags(self, tile: tiling.Tile) -> dict[str, Any]:
+        return {
+            "BC": tile.candidates,
+            "LP": tile.positions,
+            "BH": tile.units,
+            "BD": tile.columns,
+            "WIDE": tile.wide,
+            "num_warps": tile.warps,
+            "num_stages": 1,
+            **OPTIONS,
+        }
+
+    def blocks(self, tile: tiling.Tile) -> int:
+        return tiling.ceil_div(self.candidates, tile.candidates)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.history.device)
+
+
+def _pad(t: Tensor, columns: int) -> Tensor:
+    return F.pad(t, (0, columns - t.shape[-1])).contiguous()
+
+
+def _user_of(offsets: Tensor, candidates: int) -> Tensor:
+    """(C,) the user of each candidate, from (users + 1,) offsets."""
+    c = torch.arange(candidates, device=offsets.device)
+    return (torch.searchsorted(offsets, c, right=True) - 1).clamp(0, offsets.shape[0] - 2)
+
+
+def fold(
+    parameters: Sequence[Tensor | None], blocks: Sequence[int], eps: Sequence[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The raw parameters of ``infer``, 11 a hidden layer and 2, as (weights, affine) of the other ops, float32."""
+    raw = [None if t is None else t.float() for t in parameters]
+    hidden = len(raw) // FIELDS
+    empty = raw[-2].new_empty(0)  # type: ignore[union-attr]
+    weights: list[Tensor] = []
+    affine: list[Tensor] = []
+    for i in range(max(hidden, 1)):
+        weight, bias = raw[FIELDS * i : FIELDS * i + 2]
+        assert weight is not None
+        weights += fold_table(weight, blocks) if i == 0 else [weight]
+        weights.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
+        if hidden:
+            norm, gate, slope = (
+                raw[FIELDS * i + 2 : FIELDS * i + 6],
+                raw[FIELDS * i + 6 : FIELDS * i + 10],
+                raw[FIELDS * i + 10],
+            )
+            norm_scale, norm_shift = _running(norm, eps[2 * i], empty)
+            gate_scale, gate_shift = _running(gate, eps[2 * i + 1], empty)
+            if norm_scale.numel() and gate_scale.numel():  # Dice's norm sees what the norm before it gives
+                gate_scale, gate_shift = gate_scale * norm_scale, gate_shift + gate_scale * norm_shift
+            slope = empty if slope is None else slope.reshape(-1).expand(weight.shape[0])
+            affine += [empty, norm_scale, norm_shift, gate_scale, gate_shift, slope]
+    if not hidden:
+        return [*weights, weights[-1].new_ones(1), weights[-1].new_zeros(1)], [empty] * AFFINES
+    weight, bias = raw[-2:]
+    assert weight is not None
+    return [*weights, weight.reshape(-1), weight.new_zeros(1) if bias is None else bias], affine
+
+
+def _running(norm: Sequence[Tensor | None], eps: float, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a BatchNorm by its running statistics, from weight, bias, mean and variance; empty without."""
+    weight, bias, mean, variance = norm
+    if mean is None or variance is None:
+        return empty, empty
+    scale = torch.rsqrt(variance + eps)
+    if weight is not None:
+        scale = weight * scale
+    shift = -mean * scale
+    return scale, shift if bias is None else bias + shift
+
+
+def check_values_wanted(device: torch.device) -> bool:
+    """Whether lengths, starts and offsets are read: always where that costs no synchronisation."""
+    return device.type == "cpu" or os.environ.get("DIN_FAST_CHECK", "0") not in ("", "0")
+
+
+def _check(
+    history: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    candidate_offsets: Tensor | None,
+    mask: Tensor | None,
+    query: Tensor,
+) -> None:
+    """What the public functions have checked already, but for callers of the ops."""
+    ragged = starts is not None
+    if history.dim() != (2 if ragged else 3) or query.dim() != 2:
+        raise ValueError(
+            f"history, query: expected {2 if ragged else 3} and 2 dimensions, got {history.dim()}, {query.dim()}"
+        )
+    if (history.stride(-1) != 1 and history.shape[-1] > 1) or (query.stride(-1) != 1 and query.shape[-1] > 1):
+        raise ValueError("history, query: expected a last stride of 1")
+    if query.shape[1] != history.shape[-1] or query.dtype != history.dtype:
+        raise ValueError(
+            f"query: expected dim {history.shape[-1]} and {history.dtype}, got {query.shape[1]} and {query.dtype}"
+        )
+    if ragged and (lengths is None or mask is not None or not history.is_contiguous() or candidate_offsets is not None):
+        raise ValueError(
+            "starts: expected lengths, contiguous rows, no mask and one candidate a user with ragged histories"
+        )
+    users = starts.shape[0] if starts is not None else history.shape[0]
+    if candidate_offsets is None and query.shape[0] != users:
+        raise ValueError(f"query: expected {users} rows, got {query.shape[0]}")
+    if candidate_offsets is not None and candidate_offsets.shape != (users + 1,):
+        raise ValueError(f"candidate_offsets: expected shape {(users + 1,)}, got {tuple(candidate_offsets.shape)}")
+    if not check_values_wanted(history.device):
+        return
+    limit = history.shape[0] if ragged else history.shape[1]
+    if lengths is not None and lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > limit):
+        raise ValueError(
+            f"lengths: expected values from 0 to {limit}, got {int(lengths.min())} to {int(lengths.max())}"
+        )
+    if starts is not None and lengths is not None and starts.numel():
+        dim = history.shape[1]
+        wrong = (starts < 0) | (starts % dim != 0) | (starts // dim + lengths > history.shape[0])
+        if bool(wrong.any()):
+            raise ValueError(f"starts, lengths: expected segments within {history.shape[0]} rows of {dim}")
+    if candidate_offsets is not None:
+        steps = candidate_offsets.diff()
+        if int(candidate_offsets[0]) != 0 or int(candidate_offsets[-1]) != query.shape[0] or bool((steps < 0).any()):
+            raise ValueError(
+                f"candidate_offsets: expected 0 to {query.shape[0]} in order, got {candidate_offsets.tolist()}"
+            )

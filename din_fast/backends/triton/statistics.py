@@ -1,0 +1,238 @@
+"""Batch statistics: mean and M2 of a layer's z over all rows that count.
+
+Each program takes them over the rows of its tile, in two passes in registers; the tiles are merged by Chan's rule in
+float64 (:func:`merge`). Never E[z^2] - E[z]^2. The tiles depend on the shape alone, so the bits do too.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from din_fast.backends.triton import tiling
+from din_fast.backends.triton.arithmetic import (
+    DICE_ROW,
+    enter_tile,
+    first_chunk,
+    first_row_statistics,
+    load_piece,
+    locate,
+    second_layer,
+    store_piece,
+    third_layer,
+    tile_rows,
+)
+from din_fast.backends.triton.operands import Call, on_device
+
+
+@triton.jit
+def add_tile(n, mean, m2, z, ok):
+    """Chan's rule: count, mean and M2 of n rows, and of the rows of this tile that are ok."""
+    here = tl.sum(ok.to(tl.float32), 0)
+    tile_mean = tl.sum(tl.where(ok[:, None], z, 0.0), 0) / tl.maximum(here, 1.0)
+    d = tl.where(ok[:, None], z - tile_mean[None, :], 0.0)
+    delta = tile_mean - mean
+    both = tl.maximum(n + here, 1.0)
+    return mean + delta * (here / both), m2 + tl.sum(d * d, 0) + delta * delta * (n * here / both)
+
+
+@triton.jit
+def store_moments(mean, m2, at, h, units, mean_ptr, m2_ptr):
+    tl.store(mean_ptr + at * units + h, mean, mask=h < units)
+    tl.store(m2_ptr + at * units + h, m2, mask=h < units)
+
+
+@triton.jit
+def moments_kernel(
+    k_ptr,
+    starts_ptr,
+    lengths_ptr,
+    mask_ptr,
+    users_ptr,
+    candidates,
+    length,
+    rows,
+    user_stride,
+    row_stride,
+    q_ptr,
+    q_stride,
+    c_ptr,
+    ak_ptr,
+    ap_ptr,
+    hp,
+    dim,
+    p0_ptr,
+    units0,
+    w1_ptr,
+    p1_ptr,
+    units1,
+    w2_ptr,
+    p2_ptr,
+    units2,
+    eps,
+    z1_ptr,
+    z2_ptr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    part_rows,
+    BC: tl.constexpr,
+    LP: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    NA: tl.constexpr,
+    NB: tl.constexpr,
+    MA: tl.constexpr,
+    MB: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    LAYER: tl.constexpr,
+    START: tl.constexpr,
+    KEEP: tl.constexpr,
+    RAGGED: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MASK: tl.constexpr,
+    ACT: tl.constexpr,
+    NORM: tl.constexpr,
+    PREC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Program = (a tile's candidates, part of part_rows rows): count (programs,), mean and M2 (programs, units).
+
+    LAYER: of which layer. START as in the forward kernel; KEEP: write z of layer LAYER; ONE_TILE: a part is no longer
+    than a tile.
+    """
+    seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
+    folded = (c_ptr, ak_ptr, ap_ptr, hp)
+    query = (q_ptr, q_stride)
+    c0 = tl.program_id(0).to(tl.int64) * BC
+    at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    begin = tl.program_id(1) * part_rows
+    c, pos = tile_rows(c0, begin, BC, LP)
+    _, start, first, total, _ = locate(seg, c, RAGGED, LENGTHS, GROUPS)
+    end = begin + LP  # several candidates a tile: there is one tile
+    if BC == 1:
+        end = tl.minimum(begin + part_rows, total.to(tl.int32))
+    ok = (pos < total) & (pos < end)
+    if ONE_TILE and START == 0:
+        tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
+    n = tl.sum(tl.zeros((BC * LP,), tl.float32), 0)
+    if LAYER == 0:
+        for h0 in tl.range(0, hp, BH):
+            h = h0 + tl.arange(0, BH)
+            n = tl.sum(tl.zeros((BC * LP,), tl.float32), 0)
+            mean = tl.zeros((BH,), tl.float32)
+            m2 = mean
+            if ONE_TILE:
+                mean, m2 = add_tile(n, mean, m2, first_chunk(tile, folded, h, BC, BD, WIDE, PREC), ok)
+                n += tl.sum(ok.to(tl.float32), 0)
+            else:
+                for l0 in tl.range(begin, end, LP):
+                    pos = l0 + tl.arange(0, LP)
+                    ok = pos < end
+                    tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
+                    mean, m2 = add_tile(n, mean, m2, first_chunk(tile, folded, h, BC, BD, WIDE, PREC), ok)
+                    n += tl.sum(ok.to(tl.float32), 0)
+            store_moments(mean, m2, at, h, units0, mean_ptr, m2_ptr)
+    else:
+        TA: tl.constexpr = NA if LAYER == 1 else MA
+        TB: tl.constexpr = NB if LAYER == 1 else MB
+        mean_a = tl.zeros((TA,), tl.float32)
+        m2_a = mean_a
+        mean_b = mean_a
+        m2_b = mean_a
+        if TB > 0:
+            mean_b = tl.zeros((TB,), tl.float32)
+            m2_b = mean_b
+        for l0 in tl.range(begin, end, LP):
+            pos = tile_rows(c0, l0, BC, LP)[1]
+            ok = (pos < total) & (pos < end)
+            if START == 0:
+                tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
+                row_mean = tl.zeros((BC * LP,), tl.float32)  # row Dice only
+                inverse = row_mean
+                if ACT == DICE_ROW:
+                    row_mean, inverse = first_row_statistics(
+                        tile, folded, p0_ptr, units0, eps, BC, BD, BH, WIDE, PREC, NORM
+                    )
+                za, zb = second_layer(
+                    tile, folded, row_mean, inverse, p0_ptr, w1_ptr, p1_ptr,
+                    NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
+                )  # fmt: skip
+            else:
+                za = load_piece(z1_ptr, first, pos, ok, units1, 0, NA)
+                zb = za
+                if NB > 0:
+                    zb = load_piece(z1_ptr, first, pos, ok, units1, NA, NB)
+            z_ptr = z1_ptr
+            units = units1
+            if LAYER == 2:
+                za, zb = third_layer(za, zb, p1_ptr, units1, eps, w2_ptr, p2_ptr, NA, NB, MA, MB, PREC, ACT, NORM, FAST)
+                z_ptr = z2_ptr
+                units = units2
+            if KEEP:
+                store_piece(z_ptr, first, pos, ok, units, za, 0, TA)
+                if TB > 0:
+                    store_piece(z_ptr, first, pos, ok, units, zb, TA, TB)
+            mean_a, m2_a = add_tile(n, mean_a, m2_a, za, ok)
+            if TB > 0:
+                mean_b, m2_b = add_tile(n, mean_b, m2_b, zb, ok)
+            n += tl.sum(ok.to(tl.float32), 0)
+        last = units2 if LAYER == 2 else units1
+        store_moments(mean_a, m2_a, at, tl.arange(0, TA), last, mean_ptr, m2_ptr)
+        if TB > 0:
+            store_moments(mean_b, m2_b, at, TA + tl.arange(0, TB), last, mean_ptr, m2_ptr)
+    tl.store(count_ptr + at, n)
+
+
+def merge(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chan's rule over all tiles at once, float64: count (), mean (H,), M2 (H,)."""
+    n = count.to(torch.float64).unsqueeze(1)
+    total = n.sum()
+    mean64 = mean.to(torch.float64)
+    overall = (n * mean64).sum(0) / total.clamp(min=1)
+    return total, overall, m2.to(torch.float64).sum(0) + (n * (mean64 - overall).square()).sum(0)
+
+
+def moments(
+    call: Call, kept: dict[int, Tensor], layer: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(count () float64, mean (H,), M2 (H,), z (rows, H) or None): over all rows of a layer's z.
+
+    kept: z of earlier layers, by layer. z of the first layer is never kept: it is made again wherever it is needed.
+    """
+    tile, units = call.plan.forward, call.units[layer]
+    parts, part_rows = 1, 1 << 30
+    if tile.candidates == 1 and call.starts is None:
+        parts, part_rows = max(tiling.ceil_div(call.length, tile.positions), 1), tile.positions
+    blocks = call.blocks(tile)
+    one_tile = call.starts is None
+    count, mean, m2 = call.empty(blocks * parts), call.empty(blocks * parts, units), call.empty(blocks * parts, units)
+    z = dict(kept)
+    keep = keep and layer > 0
+    if keep:
+        z[layer] = call.empty(call.rows, units)
+    if blocks:
+        with on_device(call.history):
+            moments_kernel[(blocks, parts)](
+                *call.segments,
+                *call.first,
+                *call.network(z),
+                count,
+                mean,
+                m2,
+                part_rows,
+                **call.tile_flags(tile),
+                **call.widths(),
+                ONE_TILE=one_tile,
+                LAYER=layer,
+                START=layer - 1 if layer - 1 in kept else 0,
+                KEEP=keep,
+                **call.flags,
+                **call.unit_flags,
+            )
+    total, overall, spread = merge(count, mean, m2)
+    return total, overall.float(), spread.float(), z[layer] if keep else None

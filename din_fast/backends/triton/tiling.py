@@ -1,0 +1,226 @@
+"""Which kernels' tiles for a call: a pure function of shape, dtype and device limits.
+
+No timing at a first call, and nothing that depends on how many multiprocessors a device has: the same bits on every
+device of a kind. The sizes come from compiling for sm_80 to sm_120 (registers, spills); no GPU has run them yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_DIM = 512
+MAX_FIRST_UNITS = 1024
+MAX_UNITS = 256
+CHUNK = 16  # hidden units of the first layer made at a time
+SHORT = 32  # histories up to this share a tile with others
+LONG = 2048  # histories from this are cut into parts where there are few of them
+PART_TILES = 4  # tiles of a part at least
+PROGRAMS = 512  # enough to fill any device
+GROUPS = 256  # partial sums of the weights' gradients
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the tiles depend on.
+
+    Attributes:
+        candidates: C; users: how many histories they have.
+        length: L, or, ragged, the mean length.
+        dim: D. hidden_units: of the layers, one at least.
+        half: bfloat16 or float16, else float32. tf32: whether float32 products use TF32.
+        ragged: lengths are known on the device only. row_dice: needs whole rows of a layer.
+    """
+
+    candidates: int
+    users: int
+    length: int
+    dim: int
+    hidden_units: tuple[int, ...]
+    half: bool = True
+    tf32: bool = False
+    ragged: bool = False
+    row_dice: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device allows: bytes of shared memory a program."""
+
+    shared_memory: int = 99 * 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one kernel's tile.
+
+    Attributes:
+        candidates, positions: BC and LP; rows of a tile are their product. Powers of two.
+        units: BH, hidden units of the first layer a chunk.
+        columns: BD, columns of k held or loaded at a time; wide: D is cut into slices of them.
+        warps: of a program.
+    """
+
+    candidates: int
+    positions: int
+    units: int
+    columns: int
+    wide: bool
+    warps: int
+
+    @property
+    def rows(self) -> int:
+        return self.candidates * self.positions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of a call, and how its rows are cut.
+
+    Attributes:
+        name: ``f1`` (one hidden layer), ``f2`` (two or three), ``f3`` (row Dice), ``rows`` (short histories, several
+            candidates a tile), ``split`` (long histories, cut into parts that are merged).
+        forward, backward: tiles of the forward and the moments, and of the backward's kernels.
+        parts, part_rows: of a history in the forward; 1 part where it is not cut.
+        groups, group_parts: the weights' gradients are summed by groups of candidates times parts of their histories.
+        pieces: the width of each layer after the first as one or two powers of two.
+    """
+
+    name: str
+    forward: Tile
+    backward: Tile
+    parts: int
+    part_rows: int
+    groups: int
+    group_parts: int
+    pieces: tuple[tuple[int, int], ...]
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def pieces(units: int) -> tuple[int, int]:
+    """A layer's width as one or two powers of two from 16: 40 -> (32, 16), 80 -> (64, 16), 64 -> (64, 0)."""
+    whole = power_of_two(units, 16)
+    first = whole // 2
+    if first < 16:
+        return whole, 0
+    rest = power_of_two(units - first, 16)
+    return (first, rest) if first + rest < whole else (whole, 0)
+
+
+def padded(units: int) -> int:
+    """The first layer's width in whole chunks."""
+    return ceil_div(units, CHUNK) * CHUNK
+
+
+def too_large(dim: int, hidden_units: Sequence[int]) -> str | None:
+    """What is beyond the sizes that the kernels are built for, or None."""
+    if dim > MAX_DIM:
+        return f"history: expected dim of at most {MAX_DIM} on the triton backend, got {dim}"
+    for i, units in enumerate(hidden_units):
+        most = MAX_UNITS if i else MAX_FIRST_UNITS
+        if units > most:
+            return f"hidden_units: expected at most {most} in layer {i} on the triton backend, got {units}"
+    return None
+
+
+def _columns(shape: Shape) -> tuple[int, bool]:
+    """BD, and whether D is cut into slices: without the matrix unit, or beyond 128, a whole row spills."""
+    whole = power_of_two(shape.dim, 16)
+    if not shape.half and not shape.tf32 and whole >= 64:
+        return (16 if whole == 64 else 32), True
+    if whole > 128:
+        return 64, True
+    return whole, False
+
+
+def _forward_tile(shape: Shape, rows: bool) -> Tile:
+    columns, wide = _columns(shape)
+    widest = max((sum(pieces(u)) for u in shape.hidden_units[1:]), default=0)
+    if rows:
+        positions = power_of_two(shape.length)
+        total = 64 if columns <= 32 else 32
+        candidates = max(total // positions, 16 // positions, 1)
+        return Tile(candidates, positions, CHUNK, columns, False, 2 if widest <= 64 else 4)
+    if widest > 128:
+        return Tile(1, 32, CHUNK, columns, wide, 8)
+    if widest > 64:
+        return Tile(1, 32, CHUNK, columns, wide, 4)
+    if wide:
+        return Tile(1, 64, CHUNK, columns, True, 4)
+    long = shape.length > 64 and columns <= 64 and len(shape.hidden_units) == 1 and not shape.row_dice
+    positions = 128 if long else 64
+    return Tile(1, min(positions, power_of_two(shape.length, 16)), CHUNK, columns, False, 2)
+
+
+def _backward_tile(shape: Shape, rows: bool, forward: Tile) -> Tile:
+    columns, wide = _columns(shape)
+    if rows:
+        return forward
+    widest = max((sum(pieces(u)) for u in shape.hidden_units[1:]), default=0)
+    narrow = columns >= 128 or wide or widest > 64
+    positions = min(32 if narrow else 64, power_of_two(shape.length, 16))
+    return Tile(1, positions, CHUNK, columns, wide, 4 if narrow else 2)
+
+
+def plan(shape: Shape, limits: Limits | None = None) -> Plan:
+    """The plan of a call.
+
+    Raises:
+        ValueError: a size beyond MAX_DIM, MAX_FIRST_UNITS or MAX_UNITS, or a tile beyond the device's shared memory.
+    """
+    message = too_large(shape.dim, shape.hidden_units)
+    if message is not None:
+        raise ValueError(message)
+    wide = _columns(shape)[1]
+    short = not shape.ragged and shape.length <= SHORT and shape.candidates == shape.users and not wide
+    forward = _forward_tile(shape, short)
+    backward = _backward_tile(shape, short, forward)
+    parts, part_rows = 1, 1 << 30
+    if not shape.ragged and shape.length >= LONG and shape.candidates < PROGRAMS:
+        tiles = ceil_div(shape.length, forward.positions)
+        per_part = max(ceil_div(tiles * shape.candidates, PROGRAMS), PART_TILES)
+        parts, part_rows = ceil_div(tiles, per_part), per_part * forward.positions
+    groups = min(ceil_div(shape.candidates, backward.candidates), GROUPS)
+    group_parts = 1
+    if parts > 1:
+        group_parts = max(1, min(parts, GROUPS // max(groups, 1)))
+    name = (
+        "split" if parts > 1 else "rows" if short else "f3" if shape.row_dice else f"f{min(len(shape.hidden_units), 2)}"
+    )
+    found = Plan(
+        name,
+        forward,
+        backward,
+        parts,
+        part_rows,
+        groups,
+        group_parts,
+        tuple(pieces(u) for u in shape.hidden_units[1:]),
+    )
+    need = _shared_memory(shape, found)
+    limit = (limits or Limits()).shared_memory
+    if need > limit:
+        raise ValueError(
+            f"history, hidden_units: expected tiles of at most {limit} bytes of shared memory on this device, "
+            f"got {need} for dim {shape.dim} and hidden units {list(shape.hidden_units)}"
+        )
+    return found
+
+
+def _shared_memory(shape: Shape, found: Plan) -> int:
+    """Bytes that the operands of a program's products take together, an upper bound."""
+    size = 2 if shape.half else 4
+    most = 0
+    for tile in (found.forward, found.backward):
+        first = tile.rows * tile.columns + tile.units * tile.columns
+        later = max((tile.rows + tile.units) * sum(p) for p in found.pieces) if found.pieces else 0
+        most = max(most, size * max(first, later))
+    return most

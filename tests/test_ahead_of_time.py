@@ -1,0 +1,226 @@
+"""Every Triton kernel compiles at three sizes for two GPUs, none of which is needed: see bench/ahead_of_time.py."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from bench.ahead_of_time import DIED, Compiled, Compiler, Launch, captured, compile_launch
+from din_fast import UnitSpec, preset
+from din_fast.backends import triton as backend
+from din_fast.backends.triton import operands
+from tests.truth import Case, call, draw, fused_unit
+
+pytestmark = pytest.mark.skipif(backend.interpreting(), reason="the interpreter's kernels have nothing to compile")
+
+USERS = 64
+LONG = (2, 4096)  # users and length: long enough to be cut into parts
+SIZES: dict[int, tuple[list[int], int]] = {16: ([36], 20), 64: ([80, 40], 100), 128: ([256, 128], 100)}
+# The history's type, for three units: batch Dice (or none), row Dice with softmax, and batch Dice on a long history. The
+# last two have every kernel between them. tf32 is float32 with TF32 products.
+TYPES = {
+    (80, 16): (None, "float32", "bfloat16"),
+    (80, 64): ("bfloat16", "tf32", "float16"),
+    (80, 128): (None, "bfloat16", "float32"),
+    (90, 16): ("float32", "bfloat16", "float16"),
+    (90, 64): ("tf32", "bfloat16", "bfloat16"),
+    (90, 128): ("bfloat16", "float32", "tf32"),
+}
+
+
+# ---------------------------------------------------------------- planted kernels
+jit: Callable[[Callable[..., None]], Any] = triton.jit
+constexpr_function: Callable[[Callable[..., None]], Any] = triton.constexpr_function
+
+
+@jit
+def store_kernel(x_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, i + n, mask=i < n)
+
+
+@jit
+def wrong_kernel(x_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.static_assert(BLOCK > 16, "planted")
+    tl.store(x_ptr, 0.0)
+
+
+@constexpr_function
+def end_process(status):  # type: ignore[no-untyped-def]
+    __import__("os")._exit(status)  # Triton takes no other name that leads out of its language
+
+
+@jit
+def fatal_kernel(x_ptr, STATUS: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(x_ptr, end_process(STATUS))
+
+
+# ---------------------------------------------------------------- fixtures and helpers
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A new cache for Triton: it neither reads nor writes the user's."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiler(cache: None) -> Iterator[Compiler]:
+    with Compiler() as found:
+        yield found
+
+
+def all_kernels() -> set[str]:
+    """Names of the kernels in din_fast.backends.triton; one with an underscore is no part of a call."""
+    found = set()
+    for info in pkgutil.iter_modules(backend.__path__, f"{backend.__name__}."):
+        for name, value in vars(importlib.import_module(info.name)).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel") and not name.startswith("_"):
+                found.add(name)
+    return found
+
+
+def launches_of(
+    spec: UnitSpec, shape: tuple[int, int, int], kind: str, training: bool = True, inference: bool = True
+) -> list[Launch]:
+    """What a step in training, and a call in evaluation and without gradient, launch."""
+    case = Case(spec, shape)
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    unit = fused_unit(spec, shape[-1], "triton").to(dtype)
+    inputs = draw(case, 0, torch.float32).to(dtype)
+
+    def run() -> None:
+        if training:
+            inputs.history.requires_grad_(), inputs.target.requires_grad_()
+            call(unit.train(), inputs).backward(inputs.upstream)
+        if inference:
+            with torch.no_grad():
+                call(unit.eval(), inputs)
+
+    with pytest.MonkeyPatch.context() as settings:
+        settings.setattr(operands, "float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
+        return captured(run)
+
+
+def check_all(found: list[Compiled]) -> None:
+    """All have compiled; the message is the compiler's."""
+    failed = [str(c) for c in found if c.error is not None]
+    if failed:
+        pytest.fail(f"{len(failed)} of {len(found)} did not compile\n\n" + "\n\n".join(failed), pytrace=False)
+
+
+# ---------------------------------------------------------------- tests
+@pytest.mark.parametrize("dim", SIZES)
+@pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
+def test_every_kernel_compiles(compiler: Compiler, capability: int, dim: int) -> None:
+    units, length = SIZES[dim]
+    batch, row, long = TYPES[capability, dim]
+    launches = [] if batch is None else launches_of(preset("fuxictr", units), (USERS, length, dim), batch)
+    row_dice = preset("rechub", units, softmax=True)
+    launches += launches_of(row_dice, (USERS, length, dim), row, inference=batch is None)
+    launches += launches_of(preset("fuxictr", units, softmax=True), (*LONG, dim), long, training=False)
+    found = compiler.compile(launches, capability)
+    check_all(found)
+    assert {c.launch.kernel.__name__ for c in found} == all_kernels()
+    assert all(c.kernel.metadata.target.arch == capability and c.kernel.asm["cubin"] for c in found)
+    for c in found:
+        if c.launch.kernel.__name__ == "forward_kernel":
+            half = c.launch.arguments["k_ptr"].dtype in operands.HALF
+            assert ("tanh.approx" in c.kernel.asm["ptx"]) is half
+
+
+@pytest.mark.parametrize(("kind", "fast"), [("bfloat16", True), ("float16", True), ("float32", False)])
+def test_half_types_are_recorded_as_on_nvidia(kind: str, fast: bool) -> None:
+    launches = launches_of(preset("rechub", [16]), (4, 8, 16), kind)
+    assert {n.arguments["FAST"] for n in launches if "FAST" in n.arguments} == {fast}
+
+
+def stores(*calls: tuple[Tensor, int]) -> list[Launch]:
+    """Launches of a small kernel."""
+
+    def run() -> None:
+        for x, n in calls:
+            store_kernel[(1,)](x, n, BLOCK=32, num_warps=2, enable_fp_fusion=True)
+
+    return captured(run)
+
+
+def test_a_launch_is_recorded_and_not_run() -> None:
+    x = torch.zeros(32)
+
+    def run() -> None:
+        store_kernel[(1,)](x, 7, BLOCK=32, num_warps=2)
+        store_kernel[lambda named: (named["n"], 2)](x, n=3, BLOCK=16)
+
+    first, second = captured(run)
+    assert not x.any()
+    assert first.kernel is store_kernel
+    assert first.arguments["x_ptr"] is x
+    assert (first.arguments["n"], first.arguments["BLOCK"]) == (7, 32)
+    assert (first.options, first.grid) == ({"num_warps": 2}, (1,))
+    assert (second.options, second.grid) == ({}, (3, 2))
+
+
+def test_launches_are_specialised_as_triton_does_and_compiled_once(compiler: Compiler) -> None:
+    x = torch.zeros(48)
+    launches = stores(*((x, n) for n in (32, 48, 1, 7, 9, 1 << 31, 64)), (x[1:], 32), (x.half(), 32))
+    found = compiler.compile(launches, 90)
+    check_all(found)
+    assert [c.launch for c in found] == [launches[i] for i in (0, 2, 3, 5, 7, 8)]
+    types = [(c.kernel.src.signature["x_ptr"], c.kernel.src.signature["n"]) for c in found]
+    integers = ("i32", "constexpr", "i32", "i64", "i32")
+    assert types == [*(("*fp32", n) for n in integers), ("*fp16", "i32")]
+    divisible = [{at[0] for at in c.kernel.src.attrs} for c in found]
+    assert divisible == [{0, 1}, {0}, {0}, {0, 1}, {1}, {0, 1}]
+    assert compile_launch(launches[0], 90).kernel.asm["cubin"] == found[0].kernel.asm["cubin"]
+
+
+def test_what_does_not_compile_is_reported(cache: None) -> None:
+    x = torch.zeros(32)
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+
+    def run() -> None:
+        wrong_kernel[(1,)](x, BLOCK=16, **options)
+        fatal_kernel[(1,)](x, STATUS=3, **options)
+        wrong_kernel[(1,)](x, BLOCK=32, **options)
+
+    with Compiler(workers=1) as compiler:  # it has to start another process after the second
+        found = compiler.compile(captured(run), 80)
+    assert [c.error is None for c in found] == [False, False, True]
+    assert [c.kernel is None for c in found] == [True, True, False]
+    assert "planted" in str(found[0].error)
+    assert found[1].error == DIED
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)^2 of 3 .*fatal_kernel sm_80 .* STATUS=3\n" + DIED):
+        check_all(found)
+
+
+def test_recording_ends_with_the_call() -> None:
+    def patched() -> list[object]:
+        return [JITFunction.run, backend.why_not, operands._bfloat16_is_right]
+
+    def fail() -> None:
+        inside.extend(patched())
+        raise KeyError("planted")
+
+    before, inside = patched(), list[object]()
+    assert captured(lambda: None) == []
+    assert patched() == before
+    with pytest.raises(KeyError, match="planted"):
+        captured(fail)
+    assert patched() == before
+    assert not any(a is b for a, b in zip(before, inside, strict=True))
+
+
+def test_the_interpreter_has_nothing_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        captured(lambda: None)

@@ -1,0 +1,96 @@
+"""The Triton kernels' tiles as data: which plan a call gets, and that its sizes are ones the kernels can have."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from din_fast.backends.triton import tiling
+from din_fast.backends.triton.tiling import Limits, Shape, padded, pieces, plan
+
+
+def shape(length: int = 100, dim: int = 64, hidden: tuple[int, ...] = (80,), candidates: int = 4096, **more: bool) -> Shape:
+    return Shape(candidates, candidates, length, dim, hidden, **more)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (shape(), "f1"),
+        (shape(hidden=(80, 40)), "f2"),
+        (shape(hidden=(80, 40, 16)), "f2"),
+        (shape(row_dice=True), "f3"),
+        (shape(length=20), "rows"),
+        (shape(length=33), "f1"),
+        (shape(length=20, ragged=True), "f1"),  # the longest is not known on the host
+        (shape(length=20, half=False), "f1"),  # float32 without the matrix unit: D in slices
+        (shape(length=20, dim=16, half=False), "rows"),
+        (shape(length=10_000, candidates=8), "split"),
+        (shape(length=10_000), "f1"),  # enough samples to fill a device
+    ],
+)
+def test_the_plan_of_a_call(call: Shape, name: str) -> None:
+    assert plan(call).name == name
+
+
+def test_candidates_that_share_a_history_share_no_tile() -> None:
+    call = Shape(512, 2, 20, 64, (80,))
+    assert plan(call).name == "f1" and plan(call).forward.candidates == 1
+
+
+@pytest.mark.parametrize(
+    ("units", "found"),
+    [(1, (16, 0)), (16, (16, 0)), (17, (32, 0)), (36, (32, 16)), (40, (32, 16)), (64, (64, 0)), (80, (64, 16)),
+     (100, (128, 0)), (200, (256, 0)), (144, (128, 16)), (256, (256, 0))],
+)  # fmt: skip
+def test_a_width_is_one_or_two_powers_of_two(units: int, found: tuple[int, int]) -> None:
+    assert pieces(units) == found
+
+
+def test_the_first_layer_is_padded_to_whole_chunks_only() -> None:
+    assert [padded(n) for n in (1, 16, 36, 80, 129)] == [16, 16, 48, 80, 144]
+
+
+LENGTHS, DIMS = (1, 7, 20, 33, 100, 1000, 10_000), (1, 4, 10, 36, 64, 128, 200, 512)
+HIDDEN = ((4,), (36,), (80, 40), (256, 128), (16, 8, 4), (1024, 256, 256))
+
+
+@pytest.mark.parametrize("hidden", HIDDEN, ids=str)
+@pytest.mark.parametrize("half", [True, False])
+def test_every_tile_is_one_that_triton_takes(half: bool, hidden: tuple[int, ...]) -> None:
+    """Powers of two; no side of a product under 16; every row in a part, every column in a slice."""
+    for length, dim, candidates, ragged, row in product(LENGTHS, DIMS, (1, 3, 600, 70_000), (False, True), (False, True)):
+        call = shape(length, dim, hidden, candidates, half=half, ragged=ragged, row_dice=row)
+        found = plan(call, Limits(232_448))
+        for tile in (found.forward, found.backward):
+            assert all(n & (n - 1) == 0 for n in (tile.candidates, tile.positions, tile.units, tile.columns))
+            assert min(tile.rows, tile.units, tile.columns) >= 16
+            assert tile.candidates == 1 or (tile.positions >= length and not tile.wide)
+            assert tile.wide or tile.columns >= dim
+        assert found.parts == 1 or found.parts * found.part_rows >= length > (found.parts - 1) * found.part_rows
+        assert 1 <= found.groups * found.group_parts <= tiling.GROUPS
+        for units, (first, second) in zip(hidden[1:], found.pieces, strict=True):
+            assert first + second >= units
+
+
+def test_the_plan_is_a_function_of_its_arguments() -> None:
+    assert plan(shape()) == plan(shape()) and plan(shape()) != plan(shape(dim=128))
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (shape(dim=513), "dim of at most 512 on the triton backend, got 513"),
+        (shape(hidden=(1025,)), "at most 1024 in layer 0 on the triton backend, got 1025"),
+        (shape(hidden=(80, 257)), "at most 256 in layer 1 on the triton backend, got 257"),
+    ],
+)
+def test_sizes_beyond_the_kernels(call: Shape, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        plan(call)
+
+
+def test_a_device_with_too_little_shared_memory() -> None:
+    with pytest.raises(ValueError, match=r"expected tiles of at most 1000 bytes .* got \d+ for dim 64 and hidden units"):
+        plan(shape(), Limits(1000))
