@@ -1,20 +1,22 @@
 # One environment, .venv, built once for every target.
 #   PYTHON=  the interpreter to make it with        (default python3)
 #   TORCH=   the torch requirement to install in it (default torch==2.13.0)
+#   TRITON=  the triton requirement, which a CUDA build of torch pins by itself (default triton==3.9.0)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # The kernel's own test is compiled by the test that runs it.
 NATIVE := $(shell find csrc -path csrc/tests -prune -o \( -name '*.cpp' -o -name '*.h' \) -print)
 
-.PHONY: help demo test bench lint clean FORCE
+.PHONY: help demo test test-native test-interpreter test-oldest-triton bench lint clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train DIN on real data with and without din_fast: table and figure in results/demo"
-	@echo "make test    lint, types and all tests"
+	@echo "make test    lint, types and all tests: test-native, then test-interpreter (the Triton kernels on the CPU)"
 	@echo "make bench   a short benchmark"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   remove the environment and everything built"
@@ -23,8 +25,19 @@ help:
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
 
-test: lint
+test: lint test-native test-interpreter
+
+test-native: .venv/ready
 	$(BIN)/python -m pytest -q -n 2
+
+# Triton's interpreter has to be asked for before triton is imported: a process of its own.
+test-interpreter: .venv/ready
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
+
+# The same on the oldest Triton that the kernels are for.
+test-oldest-triton: .venv/ready
+	$(PIP) --no-deps --upgrade --target .venv/triton-3.7.1 triton==3.7.1
+	PYTHONPATH=.venv/triton-3.7.1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 
 bench: .venv/ready
 	$(BIN)/python -m bench --quick
@@ -40,14 +53,14 @@ clean:
 
 # Another PYTHON or TORCH than last time starts a new environment.
 .venv/choice: FORCE
-	@if [ "$$(cat $@ 2>/dev/null)" != "$(PYTHON) $(TORCH)" ]; then \
-		echo "making .venv with $(PYTHON) and $(TORCH)"; \
+	@if [ "$$(cat $@ 2>/dev/null)" != "$(PYTHON) $(TORCH) $(TRITON)" ]; then \
+		echo "making .venv with $(PYTHON), $(TORCH) and $(TRITON)"; \
 		if [ -e $@ ]; then rm -rf .venv; fi; \
-		$(PYTHON) -m venv .venv && echo "$(PYTHON) $(TORCH)" > $@; \
+		$(PYTHON) -m venv .venv && echo "$(PYTHON) $(TORCH) $(TRITON)" > $@; \
 	fi
 
 .venv/ready: .venv/choice pyproject.toml tests/frameworks.txt setup.py $(NATIVE)
-	$(PIP) "$(TORCH)" "setuptools>=77" "pybind11>=2.12"
+	$(PIP) "$(TORCH)" "$(TRITON)" "setuptools>=77" "pybind11>=2.12"
 	DIN_FAST_BUILD=cpu $(PIP) --no-build-isolation --editable ".[test,bench,demo]"
 	$(PIP) --no-deps -r tests/frameworks.txt
 	@touch $@

@@ -120,8 +120,7 @@ def _fake_backward_pass(
     def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
         return history.new_empty(shape, dtype=dtype)
 
-    out = [empty(0) for _ in range(2 + len(weights))] + [empty(0, dtype=torch.float64) for _ in units]
-    out += [empty(0), empty(0)]
+    out = [empty(0) for _ in range(2 + len(weights) + layers + 2)]
     rows = kept_rows(backend, history, starts, lengths, query)
     first_sum = 2 + len(weights)
     if not local:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(backend.interpreting(), reason="the interpreter'
 USERS = 64
 LONG = (2, 4096)  # users and length: long enough to be cut into parts
 SIZES: dict[int, tuple[list[int], int]] = {16: ([36], 20), 64: ([80, 40], 100), 128: ([256, 128], 100)}
-# The history's type, for three units: batch Dice (or none), row Dice with softmax, and batch Dice on a long history. The
+# The history's type, for three units: batch Dice (or none), row Dice with softmax, batch Dice on a long history. The
 # last two have every kernel between them. tf32 is float32 with TF32 products.
 TYPES = {
     (80, 16): (None, "float32", "bfloat16"),
@@ -100,7 +100,8 @@ def launches_of(
 
     def run() -> None:
         if training:
-            inputs.history.requires_grad_(), inputs.target.requires_grad_()
+            inputs.history.requires_grad_()
+            inputs.target.requires_grad_()
             call(unit.train(), inputs).backward(inputs.upstream)
         if inference:
             with torch.no_grad():

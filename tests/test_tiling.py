@@ -10,7 +10,9 @@ from din_fast.backends.triton import tiling
 from din_fast.backends.triton.tiling import Limits, Shape, padded, pieces, plan
 
 
-def shape(length: int = 100, dim: int = 64, hidden: tuple[int, ...] = (80,), candidates: int = 4096, **more: bool) -> Shape:
+def shape(
+    length: int = 100, dim: int = 64, hidden: tuple[int, ...] = (80,), candidates: int = 4096, **more: bool
+) -> Shape:
     return Shape(candidates, candidates, length, dim, hidden, **more)
 
 
@@ -60,7 +62,9 @@ HIDDEN = ((4,), (36,), (80, 40), (256, 128), (16, 8, 4), (1024, 256, 256))
 @pytest.mark.parametrize("half", [True, False])
 def test_every_tile_is_one_that_triton_takes(half: bool, hidden: tuple[int, ...]) -> None:
     """Powers of two; no side of a product under 16; every row in a part, every column in a slice."""
-    for length, dim, candidates, ragged, row in product(LENGTHS, DIMS, (1, 3, 600, 70_000), (False, True), (False, True)):
+    for length, dim, candidates, ragged, row in product(
+        LENGTHS, DIMS, (1, 3, 600, 70_000), (False, True), (False, True)
+    ):
         call = shape(length, dim, hidden, candidates, half=half, ragged=ragged, row_dice=row)
         found = plan(call, Limits(232_448))
         for tile in (found.forward, found.backward):
@@ -92,5 +96,7 @@ def test_sizes_beyond_the_kernels(call: Shape, named: str) -> None:
 
 
 def test_a_device_with_too_little_shared_memory() -> None:
-    with pytest.raises(ValueError, match=r"expected tiles of at most 1000 bytes .* got \d+ for dim 64 and hidden units"):
+    with pytest.raises(
+        ValueError, match=r"expected tiles of at most 1000 bytes .* got \d+ for dim 64 and hidden units"
+    ):
         plan(shape(), Limits(1000))

@@ -1,7 +1,7 @@
 """What every backend is held to, tested elsewhere for the native one, here for Triton.
 
-The fixtures ``backend`` and ``any_backend`` are ``triton`` in this process (tests/conftest.py); each test asserts that it
-ran.
+The fixtures ``backend`` and ``any_backend`` are ``triton`` in this process (tests/conftest.py); each test asserts that
+it ran.
 """
 
 from __future__ import annotations

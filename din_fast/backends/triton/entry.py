@@ -105,7 +105,6 @@ def _backward_pass(
     else:
         run.score_gradient(grad_pooled, grad_scores)
         layer = call.layers - 1
-    given = {i: t.numel() > 0 for i, t in enumerate(sums)}
     while layer >= max(to, 0) and not (layer == 0 and to < 0):
         run.layer(layer, layer == to or need_weights, need_weights, False)
         layer -= 1
@@ -117,12 +116,12 @@ def _backward_pass(
             d_history = run.history(grad_pooled)
     if need_weights and not local:
         run.d_weights[-1] = run.d_logit.sum(dtype=torch.float64).float().reshape(1)
-    empty, no_sums = call.empty(0), call.empty(0, dtype=torch.float64)
     reached = min(run.local, default=0)
     new_local = to >= 0 and run.local and not (local and reached == max(from_layer, 1))
+    # An op gives no input back, nor one tensor twice.
     return [
-        *(empty if t is None else t for t in (d_history, d_query, *run.d_weights)),
-        *(no_sums if given[i] else t for i, t in enumerate(run.sums)),
-        empty if local else run.d_logit,
-        run.local[reached].view(-1) if new_local else empty,
+        *(call.empty(0) if t is None else t for t in (d_history, d_query, *run.d_weights)),
+        *(call.empty(0) if t is sums[i] else t for i, t in enumerate(run.sums)),
+        call.empty(0) if local else run.d_logit,
+        run.local[reached].view(-1) if new_local else call.empty(0),
     ]

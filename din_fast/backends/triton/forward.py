@@ -9,7 +9,6 @@ under softmax); they become weights in the end, when the largest score and the s
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -398,10 +397,8 @@ def forward(
     """
     ragged = call.starts is not None
     pooled = call.empty(call.candidates, call.dim, dtype=call.history.dtype)
-    if ragged:  # rows outside all segments have a weight too
-        scores = torch.zeros(call.rows, dtype=torch.float32, device=call.history.device)
-    else:
-        scores = call.empty(call.candidates, call.length)
+    # Ragged: rows outside all segments have a weight too.
+    scores = call.empty(call.rows).zero_() if ragged else call.empty(call.candidates, call.length)
     missing = [i for i in range(1, call.layers) if i not in kept]
     start = 0 if missing else call.layers - 1
     if missing and missing[0] > 1:
@@ -409,6 +406,9 @@ def forward(
     z = dict(kept)
     if keep:
         z |= {i: call.empty(call.rows, call.units[i]) for i in missing}
+        if ragged or (not pads_are_input and (call.mask is not None or call.lengths is not None)):
+            for i in missing:  # rows that are not gone through
+                z[i].zero_()
     if call.candidates == 0:
         return pooled, scores, z
     plan, tile = call.plan, call.plan.forward

@@ -215,6 +215,8 @@ def moments(
     keep = keep and layer > 0
     if keep:
         z[layer] = call.empty(call.rows, units)
+        if call.starts is not None:
+            z[layer].zero_()  # rows outside all segments
     if blocks:
         with on_device(call.history):
             moments_kernel[(blocks, parts)](
