@@ -227,9 +227,10 @@ def _split(tensors: Sequence[Any], counts: list[int]) -> list[list[Any]]:
 
 def _with_new(kept: list[Tensor], new: Tensor, units: list[int]) -> list[Tensor]:
     """What the moments have kept, and what forward has besides: z of the other layers but the first, side by side."""
-    missing = [i for i in range(1, len(units)) if kept[i].numel() == 0]
     if new.numel() == 0:
         return kept
+    kept = kept + [new.new_empty(0)] * (len(units) - len(kept))
+    missing = [i for i in range(1, len(units)) if kept[i].numel() == 0]
     rows = new.numel() // sum(units[i] for i in missing)
     parts = dict(zip(missing, new.split([rows * units[i] for i in missing]), strict=True))
     return [parts.get(i, t) for i, t in enumerate(kept)]
