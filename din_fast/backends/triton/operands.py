@@ -38,6 +38,11 @@ def on_device(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
 
 
+def has_fast_tanh() -> bool:
+    """Triton 3.7.1's libdevice lacks the function behind FAST; 3.9 has it, 3.8 was not tried."""
+    return tuple(int(n) for n in triton.__version__.split("+")[0].split(".")[:2]) >= (3, 9)
+
+
 def device_limits(device: torch.device) -> tiling.Limits:
     if device.type != "cuda":
         return tiling.Limits()
@@ -149,7 +154,7 @@ class Call:
             "ACT": activation,
             "NORM": affine[1].numel() > 0,
             "PREC": self.precision,
-            "FAST": half and history.device.type == "cuda" and torch.version.hip is None,
+            "FAST": half and history.device.type == "cuda" and torch.version.hip is None and has_fast_tanh(),
         }
 
     def _users(self) -> int:
