@@ -20,7 +20,7 @@ help:
 	@echo "make bench   a short benchmark"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   remove the environment and everything built"
-	@echo "PYTHON=python3.12 and TORCH='torch>=2.11' choose another interpreter or torch"
+	@echo "PYTHON=python3.12, TORCH='torch>=2.11' and TRITON='triton==3.8.0' choose another interpreter, torch or triton"
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -34,9 +34,10 @@ test-native: .venv/ready
 test-interpreter: .venv/ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 
-# The same on the oldest Triton that the kernels are for.
+# The same on the oldest Triton that the kernels are for, and compiling them with it.
 test-oldest-triton: .venv/ready
 	$(PIP) --no-deps --upgrade --target .venv/triton-3.7.1 triton==3.7.1
+	PYTHONPATH=.venv/triton-3.7.1 $(BIN)/python -m pytest -q -n 2 tests/test_ahead_of_time.py
 	PYTHONPATH=.venv/triton-3.7.1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 
 bench: .venv/ready
@@ -51,7 +52,7 @@ clean:
 	rm -rf .venv build dist *.egg-info din_fast/*.so din_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Another PYTHON or TORCH than last time starts a new environment.
+# Another PYTHON, TORCH or TRITON than last time starts a new environment.
 .venv/choice: FORCE
 	@if [ "$$(cat $@ 2>/dev/null)" != "$(PYTHON) $(TORCH) $(TRITON)" ]; then \
 		echo "making .venv with $(PYTHON), $(TORCH) and $(TRITON)"; \

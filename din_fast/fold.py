@@ -24,6 +24,12 @@ def block_table(blocks: tuple[str, ...]) -> list[int]:
     return [sign for name in blocks for sign in BLOCKS[name]]
 
 
+# What the lists of the ops hold, see din_fast/ops.py.
+AFFINES = 6  # tensors a layer in `affine`
+SUMS = 5  # rows of `sums`
+FIELDS = 11  # tensors a hidden layer in the parameters of `infer`
+
+
 def fold_first_layer(weight: Tensor, blocks: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """(H, len(blocks) * D) -> A_q, A_k, A_p, each (H, D), in the wider of float32 and the weight's dtype."""
     return fold_table(wide(weight), block_table(blocks))
@@ -42,6 +48,53 @@ def fold_table(weight: Tensor, table: Sequence[int]) -> tuple[Tensor, Tensor, Te
                 folded[at % 3] = so_far + part if sign > 0 else so_far - part
     a_q, a_k, a_p = (torch.zeros_like(parts[0]) if f is None else f.contiguous() for f in folded)
     return a_q, a_k, a_p
+
+
+def fold_layers(
+    layers: Sequence[tuple[Tensor, Tensor | None]], weight: Tensor, bias: Tensor | None, table: Sequence[int]
+) -> list[Tensor]:
+    """The ops' `weights`, from weight and bias of each hidden layer and of the last Linear; half types in float32.
+
+    No hidden layer is one of one unit, as it stands.
+    """
+    if not layers:
+        layers, weight, bias = [(weight, bias)], weight.new_ones(1, 1), None
+    found: list[Tensor] = []
+    for i, (w, b) in enumerate(layers):
+        found += fold_table(wide(w), table) if i == 0 else [wide(w)]
+        found.append(found[-1].new_zeros(w.shape[0]) if b is None else wide(b))
+    return [*found, wide(weight).reshape(-1), found[-1].new_zeros(1) if bias is None else wide(bias)]
+
+
+def fold_parameters(
+    parameters: Sequence[Tensor | None], table: Sequence[int], eps: Sequence[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The raw parameters of ``infer`` (:func:`din_fast.segments.check_parameters`) as `weights` and `affine`."""
+    *raw, weight, bias = parameters
+    assert weight is not None
+    absent = wide(weight).new_empty(0)
+    layers: list[tuple[Tensor, Tensor | None]] = []
+    affine: list[Tensor] = []
+    for at in range(0, len(raw), FIELDS):
+        w, b, *norms, slope = raw[at : at + FIELDS]
+        assert w is not None
+        layers.append((w, b))
+        scale, shift = _running_affine(norms[:4], eps[2 * len(layers) - 2], absent)
+        gate_scale, gate_shift = _running_affine(norms[4:], eps[2 * len(layers) - 1], absent)
+        if scale.numel() and gate_scale.numel():  # Dice's norm sees what the norm before it gives
+            gate_scale, gate_shift = gate_scale * scale, gate_shift + gate_scale * shift
+        slopes = absent if slope is None else wide(slope).reshape(-1).expand(w.shape[0])
+        affine += [absent, scale, shift, gate_scale, gate_shift, slopes]
+    return fold_layers(layers, weight, bias, table), affine or [absent] * AFFINES
+
+
+def _running_affine(norm: Sequence[Tensor | None], eps: float, absent: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a BatchNorm by its running statistics, from weight, bias, mean and variance."""
+    weight, bias, mean, variance = norm
+    if mean is None or variance is None:
+        return absent, absent
+    scale = _inverse(weight, wide(variance), eps)
+    return scale, _plus(bias, -wide(mean) * scale)
 
 
 class Affine(NamedTuple):
@@ -76,11 +129,11 @@ def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, cou
     if norm is not None:
         if batch_mode(norm):
             assert variance is not None
-            scale = _times(norm.weight, torch.rsqrt(variance + norm.eps))
+            scale = _inverse(norm.weight, variance, norm.eps)
             shift = None if norm.bias is None else wide(norm.bias)
         else:
             assert norm.running_mean is not None and norm.running_var is not None
-            scale = _times(norm.weight, torch.rsqrt(wide(norm.running_var) + norm.eps))
+            scale = _inverse(norm.weight, wide(norm.running_var), norm.eps)
             running_mean = wide(norm.running_mean)
             shift = _plus(norm.bias, scale * (running_mean.neg() if mean is None else mean - running_mean))
     if gate is not None:
@@ -94,7 +147,7 @@ def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, cou
             gate_shift = None if gate.bias is None else wide(gate.bias)
         else:
             assert gate.running_mean is not None and gate.running_var is not None
-            rest = _times(gate.weight, torch.rsqrt(wide(gate.running_var) + gate.eps))
+            rest = _inverse(gate.weight, wide(gate.running_var), gate.eps)
             running_mean = wide(gate.running_mean)
             gate_scale = rest if scale is None else rest * scale
             at_center = shift if scale is not None else mean  # what the gate sees where z is at its center
@@ -122,7 +175,7 @@ def _response(
         if not batch_mode(gate):
             assert gate.running_var is not None
             if scale_by_variance is not None:
-                rest = _times(gate.weight, torch.rsqrt(wide(gate.running_var) + gate.eps))
+                rest = _inverse(gate.weight, wide(gate.running_var), gate.eps)
                 gate_by_variance = rest * scale_by_variance
         elif scale is None:
             gate_by_variance = gate_scale / (variance + gate.eps)
@@ -143,6 +196,11 @@ def _response(
 def wide(t: Tensor) -> Tensor:
     """Half types in float32, which all arithmetic of a unit is done in; the others as they are."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _inverse(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    """The factor of a BatchNorm."""
+    return _times(weight, torch.rsqrt(variance + eps))
 
 
 def _times(weight: Tensor | None, x: Tensor) -> Tensor:

@@ -180,15 +180,8 @@ def _with_gradient(
 def _folded(parameters: UnitParameters, spec: UnitSpec) -> tuple[tuple[HiddenLayer, ...], list[Tensor]]:
     """The layers, and the folded weights as the ops take them. No hidden layer is one of one unit, as it stands."""
     hidden, weight, bias = parameters
-    if not hidden:
-        hidden = (HiddenLayer(weight, bias),)
-        weight, bias = weight.new_ones(1, 1), None
-    weights: list[Tensor] = []
-    for i, layer in enumerate(hidden):
-        weights += list(fold.fold_first_layer(layer.weight, spec.blocks)) if i == 0 else [layer.weight]
-        weights.append(layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias)
-    weights += [weight.reshape(-1), weight.new_zeros(1) if bias is None else bias]
-    return hidden, [fold.wide(t) for t in weights]
+    weights = fold.fold_layers([(x.weight, x.bias) for x in hidden], weight, bias, fold.block_table(spec.blocks))
+    return hidden or (HiddenLayer(weight, bias),), weights
 
 
 def segs_arguments(segs: segments.Segments, query: Tensor) -> tuple[Tensor | None, ...]:
@@ -210,5 +203,5 @@ def _score(spec: UnitSpec) -> tuple[int, bool, int, int]:
 
 
 def _flat(affines: list[fold.Affine], layers: int, absent: Tensor) -> list[Tensor]:
-    flat = [absent if t is None else t for affine in affines for t in affine[: ops.AFFINES]]
-    return flat + [absent] * (ops.AFFINES * layers - len(flat))
+    flat = [absent if t is None else t for affine in affines for t in affine[: fold.AFFINES]]
+    return flat + [absent] * (fold.AFFINES * layers - len(flat))

@@ -14,7 +14,14 @@ from din_fast import dispatch
 from din_fast.backends import native
 from din_fast.version import __version__
 
-_VARIABLES = (dispatch.ENVIRONMENT, "DIN_FAST_CPU", "DIN_FAST_BUILD", "OMP_NUM_THREADS")
+_VARIABLES = (
+    dispatch.ENVIRONMENT,
+    "DIN_FAST_CPU",
+    "DIN_FAST_BUILD",
+    "DIN_FAST_CHECK",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+)
 _Lines = list[tuple[str, str]]
 
 

@@ -31,9 +31,8 @@ import torch
 from torch import Tensor
 
 from din_fast.backends import native, triton
+from din_fast.fold import AFFINES, SUMS
 
-SUMS = 5  # rows of `sums`
-AFFINES = 6  # tensors a layer in `affine`
 PANEL_ROWS = 16  # kept rows of a user are rounded up to this, csrc/unit.h
 
 
@@ -324,12 +323,13 @@ _library = torch.library.Library("din_fast", "FRAGMENT")
 
 
 def _triton_op(name: str) -> Callable[..., list[Tensor]]:
-    """The implementation of a Triton op; Triton is imported at the first call."""
+    """The implementation of a Triton op, by the names of its arguments; Triton is imported at the first call."""
+    names = [a.name for a in op("triton", name)._schema.arguments]
 
     def run(*arguments: Any) -> list[Tensor]:
         from din_fast.backends.triton import entry
 
-        result: list[Tensor] = getattr(entry, name)(*arguments)
+        result: list[Tensor] = getattr(entry, name)(dict(zip(names, arguments, strict=True)))
         return result
 
     return run

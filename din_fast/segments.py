@@ -99,6 +99,57 @@ def check_length_values(lengths: Tensor | None, limit: int) -> None:
         raise ValueError(f"lengths: expected values from 0 to {limit}, got {low} to {high}")
 
 
+def check_segments(segments: Segments, query: Tensor, values: bool) -> None:
+    """What :func:`prepare` has checked for the public functions, for callers of the ops; ``values``: read them, too.
+
+    Raises:
+        ValueError: a shape, stride or dtype that no kernel takes, or a length, start or offset out of range.
+    """
+    history, starts, lengths, offsets, mask = segments
+    rank = 3 if starts is None else 2
+    if history.dim() != rank or query.dim() != 2:
+        raise ValueError(f"history, query: expected {rank} and 2 dimensions, got {history.dim()} and {query.dim()}")
+    dim, users = history.shape[-1], history.shape[0] if starts is None else starts.shape[0]
+    if unit_stride(history) is not history or unit_stride(query) is not query:
+        raise ValueError(f"history, query: expected a last stride of 1, got {history.stride()} and {query.stride()}")
+    if query.shape[1] != dim or query.dtype != history.dtype:
+        raise ValueError(f"query: expected dim {dim} and {history.dtype}, got {query.shape[1]} and {query.dtype}")
+    if offsets is None and query.shape[0] != users:
+        raise ValueError(f"query: expected {users} rows, got {query.shape[0]}")
+    sizes = {"starts": (starts, users), "lengths": (lengths, users), "candidate_offsets": (offsets, users + 1)}
+    for name, (t, size) in sizes.items():
+        if t is not None and (t.dtype != torch.int64 or t.shape != (size,) or not t.is_contiguous()):
+            raise ValueError(f"{name}: expected contiguous int64 of shape {(size,)}, got {t.dtype} {tuple(t.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != history.shape[:2] or not mask.is_contiguous()):
+        shape = tuple(history.shape[:2])
+        raise ValueError(f"mask: expected contiguous bool of shape {shape}, got {mask.dtype} {tuple(mask.shape)}")
+    if starts is not None and (lengths is None or mask is not None or offsets is not None):
+        raise ValueError("starts: expected lengths, no mask and one candidate a user with ragged histories")
+    if starts is not None and not history.is_contiguous():
+        raise ValueError(f"history: expected contiguous rows for ragged histories, got strides {history.stride()}")
+    if values:
+        _check_values(segments, query.shape[0])
+
+
+def _check_values(segments: Segments, candidates: int) -> None:
+    history, starts, lengths, offsets, _ = segments
+    if starts is None:
+        check_length_values(lengths, history.shape[1])
+    elif lengths is not None:
+        rows, dim = history.shape
+        wrong = (lengths < 0) | (starts < 0) | (starts % dim != 0) | (starts // dim + lengths > rows)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"starts, lengths: expected segments within {rows} rows, got start {int(starts[at])} and "
+                f"length {int(lengths[at])} at {at}"
+            )
+    if offsets is not None:
+        in_order = not bool((offsets.diff() < 0).any())
+        if not in_order or int(offsets[0]) != 0 or int(offsets[-1]) != candidates:
+            raise ValueError(f"candidate_offsets: expected 0 to {candidates} in order, got {offsets.tolist()}")
+
+
 def valid_positions(segments: Segments) -> Tensor | None:
     """(B, L) bool, True where a position counts, or None when all do."""
     if segments.lengths is None:

@@ -33,7 +33,7 @@ cleanup() {
   rm -rf "$work"
 }
 trap cleanup EXIT
-mkdir -p "$work"/{root/dev,disc}
+mkdir -p "$work"/{files/dev,disc}
 
 # ---- the kernel, fetched once
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/din_fast_emulator
@@ -91,11 +91,11 @@ int main(void) {
 END
 arguments=
 for argument; do arguments+="\"$argument\","; done
-gcc -O1 -static -D ARGUMENTS="$arguments" -o "$work/root/init" "$work/init.c" || fail "could not compile the first process; is libc6-dev there?"
+gcc -O1 -static -D ARGUMENTS="$arguments" -o "$work/files/init" "$work/init.c" || fail "could not compile the first process; is libc6-dev there?"
 
 # ---- the disc to boot from
-cp "$program" "$work/root/program"
-(cd "$work/root" && find . | cpio --quiet -o -H newc) >"$work/disc/initrd"
+cp "$program" "$work/files/program"
+(cd "$work/files" && find . | cpio --quiet -o -H newc) >"$work/disc/initrd"
 cp "$cache/vmlinuz" "$isolinux" "$ldlinux" "$work/disc/"
 # Bochs 2.7 reports a wrong compacted XSAVE size, for which Linux turns off all of AVX: keep it to the standard format.
 parameters="noxsaves clearcpuid=xsavec"

@@ -95,6 +95,21 @@ def test_sizes_beyond_the_kernels(call: Shape, named: str) -> None:
         plan(call)
 
 
+@pytest.mark.parametrize("length", [8, 100])
+@pytest.mark.parametrize(("dim", "hidden"), [(128, (256, 128)), (512, (1024, 256, 256)), (64, (80, 40))])
+def test_a_device_with_less_shared_memory_gets_tiles_of_fewer_rows(
+    dim: int, hidden: tuple[int, ...], length: int
+) -> None:
+    """48 KiB a program is what every CUDA device has."""
+    call = shape(length, dim, hidden, half=True)
+    usual, small = plan(call), plan(call, Limits(48 * 1024))
+    for tile, smaller in ((usual.forward, small.forward), (usual.backward, small.backward)):
+        assert tiling.shared_memory(call, smaller) <= 48 * 1024
+        assert smaller.rows <= tile.rows and smaller.columns == tile.columns
+    narrow = plan(shape(100, 128, (256, 128), half=False), Limits(52_000))
+    assert narrow.backward.rows == 16 and plan(shape(100, 128, (256, 128), half=False)).backward.rows == 32
+
+
 def test_a_device_with_too_little_shared_memory() -> None:
     with pytest.raises(
         ValueError, match=r"expected tiles of at most 1000 bytes .* got \d+ for dim 64 and hidden units"

@@ -39,7 +39,10 @@ def test_cuda_takes_it_by_default(version: str, monkeypatch: pytest.MonkeyPatch)
     assert dispatch.choose("triton", history(), (80, 40)) == "triton"
 
 
-@pytest.mark.parametrize(("version", "told"), [(None, "not installed"), ("3.6.0", "3.6.0 is too old: expected 3.7")])
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [(None, "not installed"), ("3.6.0", "3.6.0 is too old: expected 3.7.1"), ("3.7.0", "3.7.0 is too old")],
+)
 def test_without_a_fit_triton_auto_takes_the_reference_and_says_so_once(
     version: str | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from din_fast import FusedActivationUnit, UnitSpec, functional, ops, preset, reference
+from din_fast import FusedActivationUnit, UnitSpec, functional, preset, reference
 from tests.interpreter.honest import GUARD
 from tests.test_op_family import (
     DENSE,
@@ -25,6 +25,7 @@ from tests.test_op_family import (
     starts_and_lengths,
 )
 from tests.test_ops import Model, batch
+from tests.test_padding import pads_reach_nothing
 from tests.truth import SPECS, Case, assert_near, draw, fused_unit, randomise, step
 
 RAGGED = {name: SPECS[name] for name in ("rechub-two-layers-softmax", "fuxictr-three-layers", "deepctr", "blog")}
@@ -119,7 +120,7 @@ def test_a_segment_outside_the_rows_is_refused(start: int, length: int) -> None:
     query = torch.randn(2, D, dtype=torch.float64)
     segment = {"starts": torch.tensor([0, start]), "lengths": torch.tensor([3, length])}
     arguments = single_arguments(SPECS["deepctr"], torch.randn(N, D, dtype=torch.float64), query, **segment)
-    with pytest.raises(ValueError, match=r"lengths: expected (segments within|values from)"):
+    with pytest.raises(ValueError, match=rf"lengths: expected segments within {N} rows, got start {start} "):
         run("triton", "infer", arguments)
 
 
@@ -214,6 +215,21 @@ def test_any_strides(layout: str) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+# ---- pads
+
+
+@pytest.mark.parametrize("pad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("masking", ["mask", "lengths"])
+@pytest.mark.parametrize("name", ["rechub-two-layers-softmax", "fuxictr-softmax", "fuxictr-three-layers", "blog"])
+def test_in_evaluation_pads_reach_neither_output_nor_gradient(name: str, masking: str, pad: float) -> None:
+    pads_reach_nothing(SPECS[name], masking, False, "triton", pad)
+
+
+@pytest.mark.parametrize("name", ["row-dice-without-norm", "mean-over-valid"])
+def test_in_training_without_batch_statistics_neither(name: str) -> None:
+    pads_reach_nothing(SPECS[name], "both", True, "triton", float("nan"))
+
+
 # ---- odd sizes
 
 
@@ -302,12 +318,6 @@ def test_a_compiled_model_equals_the_eager_one(training: bool) -> None:
         for (key, p), q in zip(eager.named_parameters(), original.parameters(), strict=True):
             assert p.grad is not None and q.grad is not None
             assert_near(key, q.grad, p.grad, 1e-5)
-
-
-def test_the_schemas_are_the_native_ones() -> None:
-    for name in ops.SCHEMAS:
-        triton, native = (str(ops.op(backend, name)._schema) for backend in ("triton", "native"))
-        assert triton.partition("(")[2] == native.partition("(")[2], name
 
 
 def test_bfloat16_in_an_interpreter_that_is_not_mended_raises(monkeypatch: pytest.MonkeyPatch) -> None:

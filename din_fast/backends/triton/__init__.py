@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from functools import cache
+import re
 
 import torch
 
-OLDEST = (3, 7)
+OLDEST = (3, 7, 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def version() -> str | None:
-    """The installed Triton, or None."""
+def _installed() -> str | None:
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+_VERSION = _installed()
+
+
+def version() -> str | None:
+    """The installed Triton, or None."""
+    return _VERSION
 
 
 def interpreting() -> bool:
@@ -31,9 +37,8 @@ def why_not(device: torch.device) -> str | None:
     found = version()
     if found is None:
         return "triton is not installed; a CUDA build of torch 2.13 or newer brings it"
-    numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:2])
-    if numbers < OLDEST:
-        return f"triton {found} is too old: expected 3.7 or newer, as torch 2.13 pins it"
+    if tuple(int(n) for n in re.findall(r"\d+", found)[:3]) < OLDEST:
+        return f"triton {found} is too old: expected 3.7.1 or newer, as torch 2.13 pins it"
     if device.type == "cuda":
         return None
     if device.type == "cpu" and interpreting():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language import core
 
 # The numbering of din_fast/spec.py.
 IDENTITY, RELU, SIGMOID, PRELU, DICE_ROW, DICE_BATCH = (tl.constexpr(i) for i in range(6))
@@ -27,11 +26,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # ---------------------------------------------------------------- sigmoid
-@core.extern
-def _fast_tanh(x, _semantic=None):
-    """The tanh instruction of sm_75 and later, relative error 2^-11; CUDA's libdevice has it, triton's list has not."""
-    symbols = {(core.dtype("fp32"),): ("__nv_fast_tanhf", core.dtype("fp32"))}
-    return core.extern_elementwise("", "", [x], symbols, is_pure=True, _semantic=_semantic)
+@triton.jit
+def fast_tanh(x):
+    """The tanh instruction of sm_75 and later, relative error 2^-11; no interpreter runs it."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -39,7 +37,7 @@ def sigmoid(x, FAST: tl.constexpr):
     """FAST: one special-function instruction, for half types on NVIDIA. Else two, and no division: where 2^-x
     overflows, 1/sqrt(inf) = 0 is right."""
     if FAST:
-        p = 0.5 * _fast_tanh(0.5 * x) + 0.5
+        p = 0.5 * fast_tanh(0.5 * x) + 0.5
     else:
         r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
         p = r * r
@@ -83,6 +81,15 @@ def tile_rows(c0, l0, BC: tl.constexpr, LP: tl.constexpr):
         c = c0 + i // LP
         pos = l0 + i % LP
     return c, pos
+
+
+@triton.jit
+def part_end(begin, part_rows, total, BC: tl.constexpr, LP: tl.constexpr):
+    """Where a program's part of a history ends; several candidates a tile have one tile."""
+    end = begin + LP
+    if BC == 1:
+        end = tl.minimum(begin + part_rows, total.to(tl.int32))
+    return end
 
 
 @triton.jit
@@ -362,20 +369,35 @@ def add_chunk(mean, m2, n, h, h0, units, BH: tl.constexpr):
     return mean + delta * (count / both), m2 + tl.sum(d * d, 1) + delta * delta * (before * count / both)
 
 
-# ---------------------------------------------------------------- further layers: whole rows, NA and NB units
+# ---------------------------------------------------------------- further layers: the second whole, NA and NB units
 @triton.jit
-def load_piece(z_ptr, first, pos, ok, units, AT: tl.constexpr, N: tl.constexpr):
-    """Columns AT.. of the rows of a (rows, units) buffer; zeros beyond the units."""
-    h = AT + tl.arange(0, N)
+def load_columns(z_ptr, first, pos, ok, units, h):
+    """Columns h of the rows of a (rows, units) buffer; zeros beyond the units."""
     at = z_ptr + (first + pos)[:, None] * units + h[None, :]
     return tl.load(at, mask=ok[:, None] & (h < units)[None, :], other=0.0)
 
 
 @triton.jit
-def store_piece(z_ptr, first, pos, ok, units, z, AT: tl.constexpr, N: tl.constexpr):
-    h = AT + tl.arange(0, N)
+def store_columns(z_ptr, first, pos, ok, units, z, h):
     at = z_ptr + (first + pos)[:, None] * units + h[None, :]
     tl.store(at, z, mask=ok[:, None] & (h < units)[None, :])
+
+
+@triton.jit
+def load_pieces(z_ptr, first, pos, ok, units, NA: tl.constexpr, NB: tl.constexpr):
+    """Whole rows of a (rows, units) buffer, in pieces; the second stands for nothing where NB is 0."""
+    za = load_columns(z_ptr, first, pos, ok, units, tl.arange(0, NA))
+    zb = za
+    if NB > 0:
+        zb = load_columns(z_ptr, first, pos, ok, units, NA + tl.arange(0, NB))
+    return za, zb
+
+
+@triton.jit
+def store_pieces(z_ptr, first, pos, ok, units, za, zb, NA: tl.constexpr, NB: tl.constexpr):
+    store_columns(z_ptr, first, pos, ok, units, za, tl.arange(0, NA))
+    if NB > 0:
+        store_columns(z_ptr, first, pos, ok, units, zb, NA + tl.arange(0, NB))
 
 
 @triton.jit
@@ -452,46 +474,42 @@ def piece_row_statistics(za, zb, p_ptr, units, eps, NA: tl.constexpr, NB: tl.con
 
 
 @triton.jit
-def third_layer(
+def activated_pieces(
     za,
     zb,
-    p1_ptr,
+    p_ptr,
     units,
     eps,
-    w2_ptr,
-    p2_ptr,
     NA: tl.constexpr,
     NB: tl.constexpr,
-    MA: tl.constexpr,
-    MB: tl.constexpr,
-    PREC: tl.constexpr,
     ACT: tl.constexpr,
     NORM: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """z of the third layer, MA + MB units wide, from the second's."""
-    dtype = w2_ptr.dtype.element_ty
-    ld: tl.constexpr = MA + MB
+    """The activations of a layer that is whole in registers."""
     ha = tl.arange(0, NA)
     mean = tl.sum(za, 1)  # row Dice only
     inverse = mean
     if ACT == DICE_ROW:
-        mean, inverse = piece_row_statistics(za, zb, p1_ptr, units, eps, NA, NB, NORM)
-    ya = activation(za, mean, inverse, p1_ptr, NA + NB, ha, ACT, NORM, FAST).to(dtype)
-    oa = tl.dot(ya, weight_tile(w2_ptr, ha, ld, 0, MA), input_precision=PREC)
-    ob = oa
-    if MB > 0:
-        ob = tl.dot(ya, weight_tile(w2_ptr, ha, ld, MA, MB), input_precision=PREC)
+        mean, inverse = piece_row_statistics(za, zb, p_ptr, units, eps, NA, NB, NORM)
+    ya = activation(za, mean, inverse, p_ptr, NA + NB, ha, ACT, NORM, FAST)
+    yb = ya
+    if NB > 0:
+        yb = activation(zb, mean, inverse, p_ptr, NA + NB, NA + tl.arange(0, NB), ACT, NORM, FAST)
+    return ya, yb
+
+
+@triton.jit
+def third_chunk(ya, yb, w_ptr, p_ptr, hp, h, NA: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr):
+    """z of a chunk of the third layer from the activations of the second. By chunks, since its whole weight would be
+    too large for shared memory."""
+    dtype = w_ptr.dtype.element_ty
+    ha = tl.arange(0, NA)
+    z = tl.dot(ya.to(dtype), tl.load(w_ptr + ha[:, None] * hp + h[None, :]), input_precision=PREC)
     if NB > 0:
         hb = NA + tl.arange(0, NB)
-        yb = activation(zb, mean, inverse, p1_ptr, NA + NB, hb, ACT, NORM, FAST).to(dtype)
-        oa = tl.dot(yb, weight_tile(w2_ptr, hb, ld, 0, MA), oa, input_precision=PREC)
-        if MB > 0:
-            ob = tl.dot(yb, weight_tile(w2_ptr, hb, ld, MA, MB), ob, input_precision=PREC)
-    oa = add_bias(oa, p2_ptr, ld, 0, MA)
-    if MB > 0:
-        ob = add_bias(ob, p2_ptr, ld, MA, MB)
-    return oa, ob
+        z = tl.dot(yb.to(dtype), tl.load(w_ptr + hb[:, None] * hp + h[None, :]), z, input_precision=PREC)
+    return z + parameter(p_ptr, hp, BIAS, h)
 
 
 @triton.jit
@@ -508,15 +526,8 @@ def piece_score(
     FAST: tl.constexpr,
 ):
     """The score of each row, but for its bias, from a last layer that is whole in registers."""
-    ha = tl.arange(0, NA)
-    mean = tl.sum(za, 1)  # row Dice only
-    inverse = mean
-    if ACT == DICE_ROW:
-        mean, inverse = piece_row_statistics(za, zb, p_ptr, units, eps, NA, NB, NORM)
-    y = activation(za, mean, inverse, p_ptr, NA + NB, ha, ACT, NORM, FAST)
-    s = tl.sum(y * parameter(p_ptr, NA + NB, SCORE, ha), 1)
+    ya, yb = activated_pieces(za, zb, p_ptr, units, eps, NA, NB, ACT, NORM, FAST)
+    s = tl.sum(ya * parameter(p_ptr, NA + NB, SCORE, tl.arange(0, NA)), 1)
     if NB > 0:
-        hb = NA + tl.arange(0, NB)
-        y = activation(zb, mean, inverse, p_ptr, NA + NB, hb, ACT, NORM, FAST)
-        s += tl.sum(y * parameter(p_ptr, NA + NB, SCORE, hb), 1)
+        s += tl.sum(yb * parameter(p_ptr, NA + NB, SCORE, NA + tl.arange(0, NB)), 1)
     return s

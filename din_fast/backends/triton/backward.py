@@ -34,24 +34,39 @@ from din_fast.backends.triton.arithmetic import (
     enter_tile,
     first_chunk,
     is_valid,
+    load_columns,
     load_query,
     load_rows,
     locate,
     normed,
     parameter,
+    part_end,
     pooling_scale,
+    store_columns,
     sum_rows,
     tile_rows,
     to_rows,
 )
 from din_fast.backends.triton.operands import OPTIONS, Call, on_device
+from din_fast.fold import SUMS
 
-SUMS = 5  # dn (z - center), dn, dx (z - center), dx, d slope: rows of the op's `sums`
-TAKEN = 6  # and the score's weight
-ROW = 4  # row Dice: mean, 1 / sqrt(sum of squares + H eps), mean of dx, sum of dx x
+TAKEN = tl.constexpr(6)  # the rows of the op's `sums`, and d of the score's weight
+ROW = tl.constexpr(4)  # row Dice: mean, 1 / sqrt(sum of squares + H eps), mean of dx, sum of dx x
 
 
 # ---------------------------------------------------------------- scores
+@triton.jit
+def load_gradient(gradient, c, d, ok, dim, BC: tl.constexpr):
+    """The gradient of the pooled vectors, columns d, float32: (1, d) of one candidate, (rows, d) of several."""
+    g_ptr, g_stride, g_column = gradient
+    if BC == 1:
+        g = tl.load(g_ptr + c * g_stride + d * g_column, mask=d < dim, other=0.0)[None, :]
+    else:
+        at = g_ptr + (c * g_stride)[:, None] + (d * g_column)[None, :]
+        g = tl.load(at, mask=ok[:, None] & (d < dim)[None, :], other=0.0)
+    return g.to(tl.float32)
+
+
 @triton.jit
 def score_gradient_kernel(
     k_ptr,
@@ -88,6 +103,7 @@ def score_gradient_kernel(
 ):
     """d weight = scale (g . k) + d weight from outside, through a sigmoid; zero where a position does not count."""
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
+    gradient = (g_ptr, g_stride, g_column)
     c0 = tl.program_id(0).to(tl.int64) * BC
     c = tile_rows(c0, 0, BC, LP)[0]
     user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
@@ -96,9 +112,7 @@ def score_gradient_kernel(
         found = count_valid(seg, c0, c, user, total, count, MASK, BC, LP)
     scale = to_rows(pooling_scale(POOLING, found, total, BC, LP), BC, LP)
     begin = tl.program_id(1) * part_rows
-    end = begin + LP
-    if BC == 1:
-        end = tl.minimum(begin + part_rows, total.to(tl.int32))
+    end = part_end(begin, part_rows, total, BC, LP)
     for l0 in tl.range(begin, end, LP):
         pos = tile_rows(c0, l0, BC, LP)[1]
         inside = (pos < total) & (pos < end)
@@ -108,15 +122,11 @@ def score_gradient_kernel(
             for d0 in tl.range(0, dim, BD):
                 d = d0 + tl.arange(0, BD)
                 k = load_rows(k_ptr, start, pos, row_stride, d, ok, dim).to(tl.float32)
-                if BC == 1:
-                    g = tl.load(g_ptr + c * g_stride + d * g_column, mask=d < dim, other=0.0).to(tl.float32)[None, :]
-                else:
-                    at = g_ptr + (c * g_stride)[:, None] + (d * g_column)[None, :]
-                    g = tl.load(at, mask=ok[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+                g = load_gradient(gradient, c, d, ok, dim, BC)
                 dp += tl.sum(k * g, 1)
             dp = dp * scale
         if SCORES:
-            at = gs_ptr + (c * gs_stride + pos.to(tl.int64) * gs_column)
+            at = gs_ptr + c * gs_stride + pos.to(tl.int64) * gs_column
             if RAGGED:
                 at = gs_ptr + (first + pos) * gs_column
             dp += tl.load(at, mask=ok, other=0.0).to(tl.float32)
@@ -169,25 +179,31 @@ def softmax_gradient_kernel(
 @triton.jit
 def z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, FIRST, BC, BD, WIDE, PREC):
     """z of a chunk of the layer: made again (the first), or read."""
-    if FIRST:
-        z = first_chunk(tile, folded, h, BC, BD, WIDE, PREC)
-    else:
-        at = z_ptr + (first + pos)[:, None] * units + h[None, :]
-        z = tl.load(at, mask=ok[:, None] & (h < units)[None, :], other=0.0)
-    return z
+    return first_chunk(tile, folded, h, BC, BD, WIDE, PREC) if FIRST else load_columns(z_ptr, first, pos, ok, units, h)
 
 
 @triton.jit
-def above(local_ptr, z_ptr, p_ptr, units, first, pos, ok, AT: tl.constexpr, N: tl.constexpr, LD: tl.constexpr, ANSWER):
-    """d z of the layer above, complete, columns AT..; rows of a (rows, units) buffer."""
+def above_piece(upper, first, pos, ok, AT: tl.constexpr, N: tl.constexpr, LD: tl.constexpr, ANSWER: tl.constexpr):
+    """d z of the layer above, complete, columns AT..; beyond its units the table's zeros leave it zero."""
+    local_ptr, z_ptr, p_ptr, units = upper
     h = AT + tl.arange(0, N)
-    at = (first + pos)[:, None] * units + h[None, :]
-    there = ok[:, None] & (h < units)[None, :]
-    dz = tl.load(local_ptr + at, mask=there, other=0.0)
+    dz = load_columns(local_ptr, first, pos, ok, units, h)
     if ANSWER:
-        z = tl.load(z_ptr + at, mask=there, other=0.0)
-        dz = tl.where((h < units)[None, :], answered(dz, z, ok, p_ptr, LD, h, True), 0.0)
+        z = load_columns(z_ptr, first, pos, ok, units, h)
+        dz = answered(dz, z, ok, p_ptr, LD, h, True)
     return dz
+
+
+@triton.jit
+def above(upper, first, pos, ok, NA: tl.constexpr, NB: tl.constexpr, LAST: tl.constexpr, ANSWER: tl.constexpr):
+    """d z of the layer above in pieces; zeros where there is none."""
+    dza = tl.zeros((pos.shape[0], NA), tl.float32)
+    dzb = dza
+    if not LAST:
+        dza = above_piece(upper, first, pos, ok, 0, NA, NA + NB, ANSWER)
+        if NB > 0:
+            dzb = above_piece(upper, first, pos, ok, NA, NB, NA + NB, ANSWER)
+    return dza, dzb
 
 
 @triton.jit
@@ -210,7 +226,7 @@ def from_above(
 @triton.jit
 def row_numbers(row_ptr, first, pos, ok, DICE: tl.constexpr):
     """What row_kernel wrote: mean, inverse, mean of dx, sum of dx x."""
-    at = row_ptr + (first + pos) * 4
+    at = row_ptr + (first + pos) * ROW
     mean = tl.zeros((pos.shape[0],), tl.float32)
     inverse = mean
     mean_dx = mean
@@ -279,13 +295,12 @@ def row_kernel(
     """(rows, 4): mean, inverse, mean of dx and sum of dx x of each row of the layer."""
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
     folded = (c_ptr, ak_ptr, ap_ptr, hp0)
+    upper = (next_local_ptr, next_z_ptr, next_ptr, next_units)
     c0 = tl.program_id(0).to(tl.int64) * BC
     c = tile_rows(c0, 0, BC, LP)[0]
     user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
     begin = tl.program_id(1) * part_rows
-    end = begin + LP
-    if BC == 1:
-        end = tl.minimum(begin + part_rows, total.to(tl.int32))
+    end = part_end(begin, part_rows, total, BC, LP)
     for l0 in tl.range(begin, end, LP):
         pos = tile_rows(c0, l0, BC, LP)[1]
         ok = (pos < total) & (pos < end)
@@ -295,14 +310,7 @@ def row_kernel(
         if FIRST:
             tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
         d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
-        dza = tl.zeros((BC * LP, NA), tl.float32)
-        dzb = dza
-        if not LAST:
-            dza = above(next_local_ptr, next_z_ptr, next_ptr, next_units, first, pos, ok, 0, NA, NA + NB, NEXT_ANSWER)
-            if NB > 0:
-                dzb = above(
-                    next_local_ptr, next_z_ptr, next_ptr, next_units, first, pos, ok, NA, NB, NA + NB, NEXT_ANSWER
-                )
+        dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
         mean = tl.zeros((BC * LP,), tl.float32)
         m2 = mean
         for h0 in tl.range(0, hp, BH):
@@ -323,7 +331,7 @@ def row_kernel(
             dx = tl.where((h < units)[None, :], dx, 0.0)
             sum_dx += tl.sum(dx, 1)
             dot_dx += tl.sum(dx * x, 1)
-        at = row_ptr + (first + pos) * 4
+        at = row_ptr + (first + pos) * ROW
         tl.store(at, mean, mask=ok)
         tl.store(at + 1, inverse, mask=ok)
         tl.store(at + 2, sum_dx / units, mask=ok)
@@ -407,6 +415,7 @@ def layer_kernel(
     """
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
     folded = (c_ptr, ak_ptr, ap_ptr, hp0)
+    upper = (next_local_ptr, next_z_ptr, next_ptr, next_units)
     group = tl.program_id(0) // group_parts
     part = tl.program_id(0) % group_parts
     groups = tl.num_programs(0) // group_parts
@@ -438,11 +447,9 @@ def layer_kernel(
         c = tile_rows(c0, 0, BC, LP)[0]
         user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
         begin = part * part_rows
-        end = begin + LP
-        if BC == 1:
-            end = tl.minimum(begin + part_rows, total.to(tl.int32))
-            if not PADS:
-                end = tl.minimum(end, count.to(tl.int32))
+        end = part_end(begin, part_rows, total, BC, LP)
+        if BC == 1 and not PADS:
+            end = tl.minimum(end, count.to(tl.int32))
         dc = tl.zeros((BC, BH), tl.float32)
         dab = tl.zeros((BA, BH), tl.float32)  # one candidate: of its matrix
         dq = tl.zeros((BC, BA), tl.float32)
@@ -456,16 +463,7 @@ def layer_kernel(
                 tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
             z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, FIRST, BC, BD, WIDE, PREC)
             d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
-            dza = tl.zeros((BC * LP, NA), tl.float32)
-            dzb = dza
-            if not LAST:
-                dza = above(
-                    next_local_ptr, next_z_ptr, next_ptr, next_units, first, pos, ok, 0, NA, NA + NB, NEXT_ANSWER
-                )
-                if NB > 0:
-                    dzb = above(
-                        next_local_ptr, next_z_ptr, next_ptr, next_units, first, pos, ok, NA, NB, NA + NB, NEXT_ANSWER
-                    )
+            dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
             da = from_above(d_logit, p_ptr, hp, h, dza, dzb, w_ptr, NA, NB, LAST, PREC)
             mean, inverse, mean_dx, dot_dx = row_numbers(row_ptr, first, pos, ok, ACT == DICE_ROW)
             y, dn, dx, d_slope, dz = activation_gradient(
@@ -490,8 +488,7 @@ def layer_kernel(
                     wb = tl.dot(yt, dzb.to(dtype), wb, input_precision=PREC)
                     bb += tl.sum(dzb, 0)
             if LOCAL:
-                at = (first + pos)[:, None] * units + h[None, :]
-                tl.store(local_ptr + at, dz, mask=ok[:, None] & (h < units)[None, :])
+                store_columns(local_ptr, first, pos, ok, units, dz, h)
             if INPUTS:
                 dz = answered(dz, z, ok, p_ptr, hp, h, ANSWER)
                 dc += sum_rows(dz, BC, LP)
@@ -520,7 +517,7 @@ def layer_kernel(
             at += tl.program_id(1).to(tl.int64) * group_parts * candidates
             tl.store(dq_ptr + at * dim + e[None, :], dq, mask=here & (e < dim)[None, :])
     if TAKE and tl.program_id(2) == 0:
-        at = sums_ptr + at_group * 6 * hp + h
+        at = sums_ptr + at_group * TAKEN * hp + h
         tl.store(at, s0)
         tl.store(at + hp, s1)
         tl.store(at + 2 * hp, s2)
@@ -607,6 +604,8 @@ def history_kernel(
     """Program = (user or a tile's candidates, part of the history, slice of BA columns): d k, shaped as the history."""
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
     folded = (c_ptr, ak_ptr, ap_ptr, hp0)
+    upper = (next_local_ptr, next_z_ptr, next_ptr, next_units)
+    gradient = (g_ptr, g_stride, g_column)
     u0 = tl.program_id(0).to(tl.int64) * BC
     e = tl.program_id(2) * BA + tl.arange(0, BA)
     first_candidate = u0
@@ -635,25 +634,12 @@ def history_kernel(
                     found = count_valid(seg, c1, c, user, total, count, MASK, BC, LP)
                 scale = to_rows(pooling_scale(POOLING, found, total, BC, LP), BC, LP)
                 weight = tl.load(scores_ptr + first + pos, mask=inside, other=0.0) * scale
-                if BC == 1:
-                    g = tl.load(g_ptr + c * g_stride + e * g_column, mask=e < dim, other=0.0).to(tl.float32)[None, :]
-                else:
-                    at = g_ptr + (c * g_stride)[:, None] + (e * g_column)[None, :]
-                    g = tl.load(at, mask=inside[:, None] & (e < dim)[None, :], other=0.0).to(tl.float32)
+                g = load_gradient(gradient, c, e, inside, dim, BC)
                 dk += weight[:, None] * g
             tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
             q = load_query(q_ptr, c, q_stride, e, ok, dim, BC)
             d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
-            dza = tl.zeros((BC * LP, NA), tl.float32)
-            dzb = dza
-            if not LAST:
-                dza = above(
-                    next_local_ptr, next_z_ptr, next_ptr, next_units, first, pos, ok, 0, NA, NA + NB, NEXT_ANSWER
-                )
-                if NB > 0:
-                    dzb = above(
-                        next_local_ptr, next_z_ptr, next_ptr, next_units, first, pos, ok, NA, NB, NA + NB, NEXT_ANSWER
-                    )
+            dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
             mean, inverse, mean_dx, dot_dx = row_numbers(row_ptr, first, pos, ok, ACT == DICE_ROW)
             dkq = tl.zeros((BC * LP, BA), tl.float32)  # several candidates: of q k
             for h0 in tl.range(0, hp, BH):
@@ -691,9 +677,11 @@ class Pass:
 
     Args:
         z: of the layers after the first, by layer. scores: the weights, as forward gave them.
-        sums: of each layer, float64, empty while unknown. response: as the op's.
-        local: d z of the lowest layer after the first that a pass before this one reached, and which layer that is.
-        score: (score_activation, softmax, pooling).
+        sums, response: of each layer, as the op's; sums are empty while unknown.
+
+    Attributes:
+        d_logit: of every row. local: d z, but for the answer of batch statistics, of the layers after the first that
+            were reached. d_weights: as the op's. All three are filled as the pass goes on, or by the caller.
     """
 
     def __init__(
@@ -723,7 +711,7 @@ class Pass:
         if tile.candidates == 1 and call.starts is None:
             self.parts, self.part_rows = max(tiling.ceil_div(call.length, tile.positions), 1), tile.positions
         # columns of d k and of the matrices' gradients that a program makes
-        self.columns = min(tiling.power_of_two(call.dim, 16), 128) if tile.wide else tile.columns
+        self.columns = tiling.slice_columns(call.shape, tile)
         self.slices = tiling.ceil_div(call.dim, self.columns)
 
     def _learn(self, layer: int) -> None:
@@ -803,7 +791,7 @@ class Pass:
         if not call.row_dice:
             return call.none
         if layer not in self.rows_of:
-            self.rows_of[layer] = call.empty(call.rows, ROW)
+            self.rows_of[layer] = call.empty(call.rows, ROW.value)
             row_kernel[(call.blocks(call.plan.backward), self.parts)](
                 *call.segments,
                 *call.first,
@@ -827,7 +815,7 @@ class Pass:
         chunks, slices = hp // tile.units, self.slices if inputs else 1
         blocks = call.blocks(tile)
         wide = call.padded_units(layer + 1) if not last else 16
-        sums = call.empty(groups, TAKEN, hp) if take else none
+        sums = call.empty(groups, TAKEN.value, hp) if take else none
         dw = call.empty(groups, hp, wide) if weight else none
         db = call.empty(groups, wide) if weight else none
         if not first:

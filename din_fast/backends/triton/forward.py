@@ -18,23 +18,28 @@ from din_fast.backends.triton.arithmetic import (
     DICE_ROW,
     LOG2E,
     SCORE,
+    activated_pieces,
     activation,
+    add_chunk,
     count_valid,
     enter_tile,
     first_chunk,
     first_row_statistics,
     is_valid,
-    load_piece,
+    load_columns,
+    load_pieces,
     load_rows,
     locate,
+    normed,
     parameter,
     piece_score,
     pooling_scale,
     second_layer,
     sigmoid,
-    store_piece,
+    store_columns,
+    store_pieces,
     sum_rows,
-    third_layer,
+    third_chunk,
     tile_rows,
     to_rows,
 )
@@ -111,6 +116,7 @@ def forward_kernel(
     w2_ptr,
     p2_ptr,
     units2,
+    hp2,
     eps,
     z1_ptr,
     z2_ptr,
@@ -126,8 +132,6 @@ def forward_kernel(
     WIDE: tl.constexpr,
     NA: tl.constexpr,
     NB: tl.constexpr,
-    MA: tl.constexpr,
-    MB: tl.constexpr,
     LAYERS: tl.constexpr,
     START: tl.constexpr,
     KEEP: tl.constexpr,
@@ -191,52 +195,57 @@ def forward_kernel(
         ok = valid
         if PADS:
             ok = inside
+        mean = tl.zeros((BC * LP,), tl.float32)  # row Dice only
+        inverse = mean
         if START == 0:
             tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
-            mean = tl.zeros((BC * LP,), tl.float32)  # row Dice only
-            inverse = mean
             if ACT == DICE_ROW:
                 mean, inverse = first_row_statistics(tile, folded, p0_ptr, units0, eps, BC, BD, BH, WIDE, PREC, NORM)
-        if LAYERS == 1:
-            part = tl.zeros((BC * LP, BH), tl.float32)
-            for h0 in tl.range(0, hp, BH):
-                h = h0 + tl.arange(0, BH)
-                z = first_chunk(tile, folded, h, BC, BD, WIDE, PREC)
-                y = activation(z, mean, inverse, p0_ptr, hp, h, ACT, NORM, FAST)
-                part += y * parameter(p0_ptr, hp, SCORE, h)
-            s = tl.sum(part, 1)
-        else:
+        ya = tl.zeros((BC * LP, NA), tl.float32)  # three layers only
+        yb = ya
+        if LAYERS > 1 and START < 2:
             if START == 0:
                 za, zb = second_layer(
                     tile, folded, mean, inverse, p0_ptr, w1_ptr, p1_ptr,
                     NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
                 )  # fmt: skip
                 if KEEP & 1:
-                    store_piece(z1_ptr, first, pos, ok, units1, za, 0, NA)
-                    if NB > 0:
-                        store_piece(z1_ptr, first, pos, ok, units1, zb, NA, NB)
-            elif START == 1:
-                za = load_piece(z1_ptr, first, pos, ok, units1, 0, NA)
-                zb = za
-                if NB > 0:
-                    zb = load_piece(z1_ptr, first, pos, ok, units1, NA, NB)
-            if LAYERS == 2:
-                s = piece_score(za, zb, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST)
+                    store_pieces(z1_ptr, first, pos, ok, units1, za, zb, NA, NB)
             else:
-                if START < 2:
-                    oa, ob = third_layer(
-                        za, zb, p1_ptr, units1, eps, w2_ptr, p2_ptr, NA, NB, MA, MB, PREC, ACT, NORM, FAST
-                    )
+                za, zb = load_pieces(z1_ptr, first, pos, ok, units1, NA, NB)
+            if LAYERS == 3:
+                ya, yb = activated_pieces(za, zb, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST)
+        if LAYERS == 2:
+            s = piece_score(za, zb, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST)
+        else:
+            p_ptr = p0_ptr if LAYERS == 1 else p2_ptr
+            width = hp if LAYERS == 1 else hp2
+            if LAYERS == 3 and ACT == DICE_ROW:
+                mean = tl.zeros((BC * LP,), tl.float32)
+                m2 = mean
+                for h0 in tl.range(0, hp2, BH):
+                    h = h0 + tl.arange(0, BH)
+                    if START < 2:
+                        z = third_chunk(ya, yb, w2_ptr, p2_ptr, hp2, h, NA, NB, PREC)
+                    else:
+                        z = load_columns(z2_ptr, first, pos, ok, units2, h)
+                    if h0 < units2:
+                        mean, m2 = add_chunk(mean, m2, normed(z, p2_ptr, hp2, h, NORM), h, h0, units2, BH)
+                inverse = tl.rsqrt(m2 + units2 * eps)
+            part = tl.zeros((BC * LP, BH), tl.float32)
+            for h0 in tl.range(0, width, BH):
+                h = h0 + tl.arange(0, BH)
+                if LAYERS == 1:
+                    z = first_chunk(tile, folded, h, BC, BD, WIDE, PREC)
+                elif START < 2:
+                    z = third_chunk(ya, yb, w2_ptr, p2_ptr, hp2, h, NA, NB, PREC)
                     if KEEP & 2:
-                        store_piece(z2_ptr, first, pos, ok, units2, oa, 0, MA)
-                        if MB > 0:
-                            store_piece(z2_ptr, first, pos, ok, units2, ob, MA, MB)
+                        store_columns(z2_ptr, first, pos, ok, units2, z, h)
                 else:
-                    oa = load_piece(z2_ptr, first, pos, ok, units2, 0, MA)
-                    ob = oa
-                    if MB > 0:
-                        ob = load_piece(z2_ptr, first, pos, ok, units2, MA, MB)
-                s = piece_score(oa, ob, p2_ptr, units2, eps, MA, MB, ACT, NORM, FAST)
+                    z = load_columns(z2_ptr, first, pos, ok, units2, h)
+                y = activation(z, mean, inverse, p_ptr, width, h, ACT, NORM, FAST)
+                part += y * parameter(p_ptr, width, SCORE, h)
+            s = tl.sum(part, 1)
         s += bias
         if SCORE_ACT == 1:
             s = sigmoid(s, FAST)
@@ -425,7 +434,8 @@ def forward(
             part,
             plan.part_rows,
             **call.tile_flags(tile),
-            **call.widths(),
+            NA=call.second[0],
+            NB=call.second[1],
             LAYERS=call.layers,
             START=start,
             KEEP=sum(1 << i - 1 for i in missing) if keep else 0,

@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from din_fast.backends.triton import tiling
+from din_fast.backends.triton import DTYPES, tiling
 from din_fast.backends.triton.arithmetic import PARAMETERS
-from din_fast.fold import fold_table
+from din_fast.fold import AFFINES
+from din_fast.segments import Segments, check_segments
 from din_fast.spec import ACTIVATIONS
 
-AFFINES = 6  # tensors a layer in the op's `affine`, see din_fast/ops.py
-FIELDS = 11  # tensors a hidden layer in the parameters of `infer`
 OPTIONS = {"enable_fp_fusion": True}  # of every launch: a multiplication and an addition are one instruction
 HALF = (torch.bfloat16, torch.float16)
 
@@ -36,11 +35,6 @@ def float32_precision() -> str:
 def on_device(t: Tensor) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device: make it the tensor's."""
     return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
-
-
-def has_fast_tanh() -> bool:
-    """Triton 3.7.1's libdevice lacks the function behind FAST; 3.9 has it, 3.8 was not tried."""
-    return tuple(int(n) for n in triton.__version__.split("+")[0].split(".")[:2]) >= (3, 9)
 
 
 def device_limits(device: torch.device) -> tiling.Limits:
@@ -79,48 +73,49 @@ class Call:
 
     def __init__(
         self,
-        segments: Sequence[Any],
+        segments: Segments,
+        query: Tensor,
         weights: Sequence[Tensor],
         affine: Sequence[Tensor],
         activation: int,
         dice_eps: float,
     ) -> None:
-        history, starts, lengths, candidate_offsets, mask, query = segments
+        history, starts, lengths, candidate_offsets, mask = segments
         self.history, self.query, self.mask = history, query, mask
         self.starts, self.lengths, self.candidate_offsets = starts, lengths, candidate_offsets
         self.raw_weights, self.affine = weights, affine
         self.units = [int(b.shape[0]) for b in weights[3:-2:2]]
         self.layers = len(self.units)
         self.activation, self.eps = activation, dice_eps
+        if history.dtype not in DTYPES:
+            raise TypeError(f"history: expected float32, bfloat16 or float16, got {history.dtype}")
         if history.dtype == torch.bfloat16 and history.device.type == "cpu" and not _bfloat16_is_right():
             raise TypeError(
                 "history: expected float32 or float16 in Triton's interpreter, whose bfloat16 is wrong; got bfloat16"
             )
-        _check(history, starts, lengths, candidate_offsets, mask, query)
+        check_segments(segments, query, check_values_wanted(history.device))
         ragged = starts is not None
         self.dim = history.shape[-1]
         self.candidates = query.shape[0]
-        self.users = self._users()
+        self.users = history.shape[0] if starts is None else starts.shape[0]
         self.length = 0 if ragged else history.shape[1]
         self.rows = history.shape[0] if ragged else self.candidates * self.length
         half = history.dtype in HALF
         self.precision = "ieee" if half else float32_precision()
         self.row_dice = ACTIVATIONS[activation] == "dice_row"
         mean_length = tiling.ceil_div(history.shape[0], max(self.users, 1)) if ragged else self.length
-        self.plan = tiling.plan(
-            tiling.Shape(
-                self.candidates,
-                self.users,
-                max(mean_length, 1),
-                self.dim,
-                tuple(self.units),
-                half,
-                self.precision == "tf32",
-                ragged,
-                self.row_dice,
-            ),
-            device_limits(history.device),
+        self.shape = tiling.Shape(
+            self.candidates,
+            self.users,
+            max(mean_length, 1),
+            self.dim,
+            tuple(self.units),
+            half,
+            self.precision == "tf32",
+            ragged,
+            self.row_dice,
         )
+        self.plan = tiling.plan(self.shape, device_limits(history.device))
         self.none = weights[-1]  # stands for a pointer that is not read
         self.bias = weights[-1].float()
         # A_q q + b1 of every candidate, and the matrices with the hidden units side by side.
@@ -154,13 +149,8 @@ class Call:
             "ACT": activation,
             "NORM": affine[1].numel() > 0,
             "PREC": self.precision,
-            "FAST": half and history.device.type == "cuda" and torch.version.hip is None and has_fast_tanh(),
+            "FAST": half and history.device.type == "cuda" and torch.version.hip is None,
         }
-
-    def _users(self) -> int:
-        if self.starts is not None:
-            return self.starts.shape[0]
-        return self.history.shape[0]
 
     def padded_units(self, layer: int) -> int:
         return sum(self.plan.pieces[layer - 1]) if layer else tiling.padded(self.units[0])
@@ -196,11 +186,13 @@ class Call:
             return (self.weights[i - 1], self.tables[i], self.units[i]) if i < self.layers else (none, none, 1)
 
         z = tuple(kept.get(i, none) for i in (1, 2))
-        return (self.tables[0], self.units[0], *layer(1), *layer(2), self.eps, *z)
+        third = self.padded_units(2) if self.layers > 2 else 16
+        return (self.tables[0], self.units[0], *layer(1), *layer(2), third, self.eps, *z)
 
-    def widths(self) -> dict[str, int]:
-        pieces = [*self.plan.pieces, (16, 0), (16, 0)]
-        return {"NA": pieces[0][0], "NB": pieces[0][1], "MA": pieces[1][0], "MB": pieces[1][1]}
+    @property
+    def second(self) -> tuple[int, int]:
+        """The second layer's width in pieces; any where there is none."""
+        return self.plan.pieces[0] if self.plan.pieces else (16, 0)
 
     def tile_flags(self, tile: tiling.Tile) -> dict[str, Any]:
         return {
@@ -231,100 +223,6 @@ def _user_of(offsets: Tensor, candidates: int) -> Tensor:
     return (torch.searchsorted(offsets, c, right=True) - 1).clamp(0, offsets.shape[0] - 2)
 
 
-def fold(
-    parameters: Sequence[Tensor | None], blocks: Sequence[int], eps: Sequence[float]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The raw parameters of ``infer``, 11 a hidden layer and 2, as (weights, affine) of the other ops, float32."""
-    raw = [None if t is None else t.float() for t in parameters]
-    hidden = len(raw) // FIELDS
-    empty = raw[-2].new_empty(0)  # type: ignore[union-attr]
-    weights: list[Tensor] = []
-    affine: list[Tensor] = []
-    for i in range(max(hidden, 1)):
-        weight, bias = raw[FIELDS * i : FIELDS * i + 2]
-        assert weight is not None
-        weights += fold_table(weight, blocks) if i == 0 else [weight]
-        weights.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
-        if hidden:
-            norm, gate, slope = (
-                raw[FIELDS * i + 2 : FIELDS * i + 6],
-                raw[FIELDS * i + 6 : FIELDS * i + 10],
-                raw[FIELDS * i + 10],
-            )
-            norm_scale, norm_shift = _running(norm, eps[2 * i], empty)
-            gate_scale, gate_shift = _running(gate, eps[2 * i + 1], empty)
-            if norm_scale.numel() and gate_scale.numel():  # Dice's norm sees what the norm before it gives
-                gate_scale, gate_shift = gate_scale * norm_scale, gate_shift + gate_scale * norm_shift
-            slope = empty if slope is None else slope.reshape(-1).expand(weight.shape[0])
-            affine += [empty, norm_scale, norm_shift, gate_scale, gate_shift, slope]
-    if not hidden:
-        return [*weights, weights[-1].new_ones(1), weights[-1].new_zeros(1)], [empty] * AFFINES
-    weight, bias = raw[-2:]
-    assert weight is not None
-    return [*weights, weight.reshape(-1), weight.new_zeros(1) if bias is None else bias], affine
-
-
-def _running(norm: Sequence[Tensor | None], eps: float, empty: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a BatchNorm by its running statistics, from weight, bias, mean and variance; empty without."""
-    weight, bias, mean, variance = norm
-    if mean is None or variance is None:
-        return empty, empty
-    scale = torch.rsqrt(variance + eps)
-    if weight is not None:
-        scale = weight * scale
-    shift = -mean * scale
-    return scale, shift if bias is None else bias + shift
-
-
 def check_values_wanted(device: torch.device) -> bool:
     """Whether lengths, starts and offsets are read: always where that costs no synchronisation."""
     return device.type == "cpu" or os.environ.get("DIN_FAST_CHECK", "0") not in ("", "0")
-
-
-def _check(
-    history: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    candidate_offsets: Tensor | None,
-    mask: Tensor | None,
-    query: Tensor,
-) -> None:
-    """What the public functions have checked already, but for callers of the ops."""
-    ragged = starts is not None
-    if history.dim() != (2 if ragged else 3) or query.dim() != 2:
-        raise ValueError(
-            f"history, query: expected {2 if ragged else 3} and 2 dimensions, got {history.dim()}, {query.dim()}"
-        )
-    if (history.stride(-1) != 1 and history.shape[-1] > 1) or (query.stride(-1) != 1 and query.shape[-1] > 1):
-        raise ValueError("history, query: expected a last stride of 1")
-    if query.shape[1] != history.shape[-1] or query.dtype != history.dtype:
-        raise ValueError(
-            f"query: expected dim {history.shape[-1]} and {history.dtype}, got {query.shape[1]} and {query.dtype}"
-        )
-    if ragged and (lengths is None or mask is not None or not history.is_contiguous() or candidate_offsets is not None):
-        raise ValueError(
-            "starts: expected lengths, contiguous rows, no mask and one candidate a user with ragged histories"
-        )
-    users = starts.shape[0] if starts is not None else history.shape[0]
-    if candidate_offsets is None and query.shape[0] != users:
-        raise ValueError(f"query: expected {users} rows, got {query.shape[0]}")
-    if candidate_offsets is not None and candidate_offsets.shape != (users + 1,):
-        raise ValueError(f"candidate_offsets: expected shape {(users + 1,)}, got {tuple(candidate_offsets.shape)}")
-    if not check_values_wanted(history.device):
-        return
-    limit = history.shape[0] if ragged else history.shape[1]
-    if lengths is not None and lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > limit):
-        raise ValueError(
-            f"lengths: expected values from 0 to {limit}, got {int(lengths.min())} to {int(lengths.max())}"
-        )
-    if starts is not None and lengths is not None and starts.numel():
-        dim = history.shape[1]
-        wrong = (starts < 0) | (starts % dim != 0) | (starts // dim + lengths > history.shape[0])
-        if bool(wrong.any()):
-            raise ValueError(f"starts, lengths: expected segments within {history.shape[0]} rows of {dim}")
-    if candidate_offsets is not None:
-        steps = candidate_offsets.diff()
-        if int(candidate_offsets[0]) != 0 or int(candidate_offsets[-1]) != query.shape[0] or bool((steps < 0).any()):
-            raise ValueError(
-                f"candidate_offsets: expected 0 to {query.shape[0]} in order, got {candidate_offsets.tolist()}"
-            )

@@ -14,14 +14,17 @@ from torch import Tensor
 from din_fast.backends.triton import tiling
 from din_fast.backends.triton.arithmetic import (
     DICE_ROW,
+    activated_pieces,
     enter_tile,
     first_chunk,
     first_row_statistics,
-    load_piece,
+    load_pieces,
     locate,
+    part_end,
     second_layer,
-    store_piece,
-    third_layer,
+    store_columns,
+    store_pieces,
+    third_chunk,
     tile_rows,
 )
 from din_fast.backends.triton.operands import Call, on_device
@@ -42,6 +45,73 @@ def add_tile(n, mean, m2, z, ok):
 def store_moments(mean, m2, at, h, units, mean_ptr, m2_ptr):
     tl.store(mean_ptr + at * units + h, mean, mask=h < units)
     tl.store(m2_ptr + at * units + h, m2, mask=h < units)
+
+
+@triton.jit
+def second_from_history(
+    tile,
+    folded,
+    p0_ptr,
+    units0,
+    w1_ptr,
+    p1_ptr,
+    eps,
+    NA: tl.constexpr,
+    NB: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PREC: tl.constexpr,
+    ACT: tl.constexpr,
+    NORM: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """z of the second layer."""
+    rows: tl.constexpr = tile[4].shape[0]
+    mean = tl.zeros((rows,), tl.float32)  # row Dice only
+    inverse = mean
+    if ACT == DICE_ROW:
+        mean, inverse = first_row_statistics(tile, folded, p0_ptr, units0, eps, BC, BD, BH, WIDE, PREC, NORM)
+    return second_layer(
+        tile, folded, mean, inverse, p0_ptr, w1_ptr, p1_ptr, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST
+    )
+
+
+@triton.jit
+def second_activated(
+    tile,
+    folded,
+    p0_ptr,
+    units0,
+    w1_ptr,
+    p1_ptr,
+    units1,
+    eps,
+    z1_ptr,
+    first,
+    pos,
+    ok,
+    START: tl.constexpr,
+    NA: tl.constexpr,
+    NB: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PREC: tl.constexpr,
+    ACT: tl.constexpr,
+    NORM: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The activations of the second layer, its z made again (START 0) or read."""
+    if START == 0:
+        za, zb = second_from_history(
+            tile, folded, p0_ptr, units0, w1_ptr, p1_ptr, eps, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST
+        )
+    else:
+        za, zb = load_pieces(z1_ptr, first, pos, ok, units1, NA, NB)
+    return activated_pieces(za, zb, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST)
 
 
 @triton.jit
@@ -71,6 +141,7 @@ def moments_kernel(
     w2_ptr,
     p2_ptr,
     units2,
+    hp2,
     eps,
     z1_ptr,
     z2_ptr,
@@ -85,8 +156,6 @@ def moments_kernel(
     WIDE: tl.constexpr,
     NA: tl.constexpr,
     NB: tl.constexpr,
-    MA: tl.constexpr,
-    MB: tl.constexpr,
     ONE_TILE: tl.constexpr,
     LAYER: tl.constexpr,
     START: tl.constexpr,
@@ -113,78 +182,69 @@ def moments_kernel(
     begin = tl.program_id(1) * part_rows
     c, pos = tile_rows(c0, begin, BC, LP)
     _, start, first, total, _ = locate(seg, c, RAGGED, LENGTHS, GROUPS)
-    end = begin + LP  # several candidates a tile: there is one tile
-    if BC == 1:
-        end = tl.minimum(begin + part_rows, total.to(tl.int32))
-    ok = (pos < total) & (pos < end)
-    if ONE_TILE and START == 0:
-        tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
+    end = part_end(begin, part_rows, total, BC, LP)
     n = tl.sum(tl.zeros((BC * LP,), tl.float32), 0)
-    if LAYER == 0:
-        for h0 in tl.range(0, hp, BH):
-            h = h0 + tl.arange(0, BH)
-            n = tl.sum(tl.zeros((BC * LP,), tl.float32), 0)
-            mean = tl.zeros((BH,), tl.float32)
-            m2 = mean
-            if ONE_TILE:
-                mean, m2 = add_tile(n, mean, m2, first_chunk(tile, folded, h, BC, BD, WIDE, PREC), ok)
-                n += tl.sum(ok.to(tl.float32), 0)
-            else:
-                for l0 in tl.range(begin, end, LP):
-                    pos = l0 + tl.arange(0, LP)
-                    ok = pos < end
-                    tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
-                    mean, m2 = add_tile(n, mean, m2, first_chunk(tile, folded, h, BC, BD, WIDE, PREC), ok)
-                    n += tl.sum(ok.to(tl.float32), 0)
-            store_moments(mean, m2, at, h, units0, mean_ptr, m2_ptr)
-    else:
-        TA: tl.constexpr = NA if LAYER == 1 else MA
-        TB: tl.constexpr = NB if LAYER == 1 else MB
-        mean_a = tl.zeros((TA,), tl.float32)
+    if LAYER == 1:
+        mean_a = tl.zeros((NA,), tl.float32)
         m2_a = mean_a
         mean_b = mean_a
         m2_b = mean_a
-        if TB > 0:
-            mean_b = tl.zeros((TB,), tl.float32)
+        if NB > 0:
+            mean_b = tl.zeros((NB,), tl.float32)
             m2_b = mean_b
         for l0 in tl.range(begin, end, LP):
             pos = tile_rows(c0, l0, BC, LP)[1]
             ok = (pos < total) & (pos < end)
-            if START == 0:
-                tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
-                row_mean = tl.zeros((BC * LP,), tl.float32)  # row Dice only
-                inverse = row_mean
-                if ACT == DICE_ROW:
-                    row_mean, inverse = first_row_statistics(
-                        tile, folded, p0_ptr, units0, eps, BC, BD, BH, WIDE, PREC, NORM
-                    )
-                za, zb = second_layer(
-                    tile, folded, row_mean, inverse, p0_ptr, w1_ptr, p1_ptr,
-                    NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
-                )  # fmt: skip
-            else:
-                za = load_piece(z1_ptr, first, pos, ok, units1, 0, NA)
-                zb = za
-                if NB > 0:
-                    zb = load_piece(z1_ptr, first, pos, ok, units1, NA, NB)
-            z_ptr = z1_ptr
-            units = units1
-            if LAYER == 2:
-                za, zb = third_layer(za, zb, p1_ptr, units1, eps, w2_ptr, p2_ptr, NA, NB, MA, MB, PREC, ACT, NORM, FAST)
-                z_ptr = z2_ptr
-                units = units2
+            tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
+            za, zb = second_from_history(
+                tile, folded, p0_ptr, units0, w1_ptr, p1_ptr, eps, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST
+            )
             if KEEP:
-                store_piece(z_ptr, first, pos, ok, units, za, 0, TA)
-                if TB > 0:
-                    store_piece(z_ptr, first, pos, ok, units, zb, TA, TB)
+                store_pieces(z1_ptr, first, pos, ok, units1, za, zb, NA, NB)
             mean_a, m2_a = add_tile(n, mean_a, m2_a, za, ok)
-            if TB > 0:
+            if NB > 0:
                 mean_b, m2_b = add_tile(n, mean_b, m2_b, zb, ok)
             n += tl.sum(ok.to(tl.float32), 0)
-        last = units2 if LAYER == 2 else units1
-        store_moments(mean_a, m2_a, at, tl.arange(0, TA), last, mean_ptr, m2_ptr)
-        if TB > 0:
-            store_moments(mean_b, m2_b, at, TA + tl.arange(0, TB), last, mean_ptr, m2_ptr)
+        store_moments(mean_a, m2_a, at, tl.arange(0, NA), units1, mean_ptr, m2_ptr)
+        if NB > 0:
+            store_moments(mean_b, m2_b, at, NA + tl.arange(0, NB), units1, mean_ptr, m2_ptr)
+    else:  # a chunk of units at a time, over all tiles
+        width = hp if LAYER == 0 else hp2
+        units = units0 if LAYER == 0 else units2
+        ok = (pos < total) & (pos < end)
+        ya = tl.zeros((BC * LP, NA), tl.float32)  # the third layer only
+        yb = ya
+        if ONE_TILE:
+            tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
+            if LAYER == 2:
+                ya, yb = second_activated(
+                    tile, folded, p0_ptr, units0, w1_ptr, p1_ptr, units1, eps, z1_ptr, first, pos, ok,
+                    START, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
+                )  # fmt: skip
+        for h0 in tl.range(0, width, BH):
+            h = h0 + tl.arange(0, BH)
+            n = tl.sum(tl.zeros((BC * LP,), tl.float32), 0)
+            mean = tl.zeros((BH,), tl.float32)
+            m2 = mean
+            for l0 in tl.range(begin, end, LP):
+                if not ONE_TILE:
+                    pos = l0 + tl.arange(0, LP)
+                    ok = pos < end
+                    tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
+                    if LAYER == 2:
+                        ya, yb = second_activated(
+                            tile, folded, p0_ptr, units0, w1_ptr, p1_ptr, units1, eps, z1_ptr, first, pos, ok,
+                            START, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
+                        )  # fmt: skip
+                if LAYER == 0:
+                    z = first_chunk(tile, folded, h, BC, BD, WIDE, PREC)
+                else:
+                    z = third_chunk(ya, yb, w2_ptr, p2_ptr, hp2, h, NA, NB, PREC)
+                    if KEEP:
+                        store_columns(z2_ptr, first, pos, ok, units2, z, h)
+                mean, m2 = add_tile(n, mean, m2, z, ok)
+                n += tl.sum(ok.to(tl.float32), 0)
+            store_moments(mean, m2, at, h, units, mean_ptr, m2_ptr)
     tl.store(count_ptr + at, n)
 
 
@@ -228,7 +288,8 @@ def moments(
                 m2,
                 part_rows,
                 **call.tile_flags(tile),
-                **call.widths(),
+                NA=call.second[0],
+                NB=call.second[1],
                 ONE_TILE=one_tile,
                 LAYER=layer,
                 START=layer - 1 if layer - 1 in kept else 0,

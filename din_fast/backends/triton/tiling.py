@@ -1,13 +1,14 @@
 """Which kernels' tiles for a call: a pure function of shape, dtype and device limits.
 
 No timing at a first call, and nothing that depends on how many multiprocessors a device has: the same bits on every
-device of a kind. The sizes come from compiling for sm_80 to sm_120 (registers, spills); no GPU has run them yet.
+device of a kind. The sizes were chosen without a GPU, by what the compiler makes of them; docs/status.md lists those
+that spill.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_DIM = 512
 MAX_FIRST_UNITS = 1024
@@ -171,56 +172,56 @@ def _backward_tile(shape: Shape, rows: bool, forward: Tile) -> Tile:
 
 
 def plan(shape: Shape, limits: Limits | None = None) -> Plan:
-    """The plan of a call.
+    """The plan of a call; where a device has little shared memory, with tiles of fewer rows.
 
     Raises:
-        ValueError: a size beyond MAX_DIM, MAX_FIRST_UNITS or MAX_UNITS, or a tile beyond the device's shared memory.
+        ValueError: a size beyond MAX_DIM, MAX_FIRST_UNITS or MAX_UNITS, or beyond the device's shared memory.
     """
     message = too_large(shape.dim, shape.hidden_units)
     if message is not None:
         raise ValueError(message)
+    limit = (limits or Limits()).shared_memory
     wide = _columns(shape)[1]
     short = not shape.ragged and shape.length <= SHORT and shape.candidates == shape.users and not wide
-    forward = _forward_tile(shape, short)
-    backward = _backward_tile(shape, short, forward)
+    forward = _fit(shape, _forward_tile(shape, short), limit)
+    backward = _fit(shape, _backward_tile(shape, short, forward), limit)
     parts, part_rows = 1, 1 << 30
     if not shape.ragged and shape.length >= LONG and shape.candidates < PROGRAMS:
         tiles = ceil_div(shape.length, forward.positions)
         per_part = max(ceil_div(tiles * shape.candidates, PROGRAMS), PART_TILES)
         parts, part_rows = ceil_div(tiles, per_part), per_part * forward.positions
     groups = min(ceil_div(shape.candidates, backward.candidates), GROUPS)
-    group_parts = 1
-    if parts > 1:
-        group_parts = max(1, min(parts, GROUPS // max(groups, 1)))
-    name = (
-        "split" if parts > 1 else "rows" if short else "f3" if shape.row_dice else f"f{min(len(shape.hidden_units), 2)}"
-    )
-    found = Plan(
-        name,
-        forward,
-        backward,
-        parts,
-        part_rows,
-        groups,
-        group_parts,
-        tuple(pieces(u) for u in shape.hidden_units[1:]),
-    )
-    need = _shared_memory(shape, found)
-    limit = (limits or Limits()).shared_memory
-    if need > limit:
-        raise ValueError(
-            f"history, hidden_units: expected tiles of at most {limit} bytes of shared memory on this device, "
-            f"got {need} for dim {shape.dim} and hidden units {list(shape.hidden_units)}"
-        )
-    return found
+    group_parts = max(1, min(parts, GROUPS // max(groups, 1)))
+    usual = "f3" if shape.row_dice else "f1" if len(shape.hidden_units) == 1 else "f2"
+    name = "split" if parts > 1 else "rows" if short else usual
+    widths = tuple(pieces(u) for u in shape.hidden_units[1:])
+    return Plan(name, forward, backward, parts, part_rows, groups, group_parts, widths)
 
 
-def _shared_memory(shape: Shape, found: Plan) -> int:
-    """Bytes that the operands of a program's products take together, an upper bound."""
-    size = 2 if shape.half else 4
-    most = 0
-    for tile in (found.forward, found.backward):
-        first = tile.rows * tile.columns + tile.units * tile.columns
-        later = max((tile.rows + tile.units) * sum(p) for p in found.pieces) if found.pieces else 0
-        most = max(most, size * max(first, later))
-    return most
+def _fit(shape: Shape, tile: Tile, limit: int) -> Tile:
+    """The tile, with as many rows as shared memory allows."""
+    while shared_memory(shape, tile) > limit:
+        if tile.rows <= 16:
+            raise ValueError(
+                f"history, hidden_units: expected tiles of at most {limit} bytes of shared memory on this device, got "
+                f"{shared_memory(shape, tile)} for dim {shape.dim} and hidden units {list(shape.hidden_units)}"
+            )
+        if tile.candidates > 1:
+            tile = replace(tile, candidates=tile.candidates // 2)
+        else:
+            tile = replace(tile, positions=tile.positions // 2)
+    return tile
+
+
+def shared_memory(shape: Shape, tile: Tile) -> int:
+    """Bytes of shared memory that a program takes at most: the operands of the products of the first layer, both ways
+    round, and of the layer after it. tests/test_ahead_of_time.py holds what the compiler takes to this bound."""
+    columns = slice_columns(shape, tile)
+    first = 2 * tile.rows * columns + 2 * tile.units * columns + tile.rows * tile.units
+    later = max(((tile.rows + tile.units) * sum(pieces(u)) for u in shape.hidden_units[1:]), default=0)
+    return (2 if shape.half else 4) * (first + later)
+
+
+def slice_columns(shape: Shape, tile: Tile) -> int:
+    """Columns of k whose gradients a program of the backward makes."""
+    return min(power_of_two(shape.dim, 16), 128) if tile.wide else tile.columns
