@@ -186,7 +186,7 @@ def _round_tf32() -> None:
 
 
 # ---------------------------------------------------------------- memory
-NOBODY, SEVERAL = -1, -2  # instead of the number of a program
+NOBODY, SEVERAL = 0, -1  # instead of the number of a program, which begins with 1
 
 # Which accesses by others make an access a race.
 CONFLICTS = {"load": ("store", "atomic"), "store": ("store", "load", "atomic"), "atomic": ("store", "load")}
@@ -298,7 +298,9 @@ class _Region:
                     return int(at[i]), other, int(seen[i])
         owners = self._owners.get(kind)
         if owners is None:
-            owners = self._owners[kind] = np.full(self.elements, NOBODY, np.int32)
+            owners = self._owners[kind] = np.zeros(
+                self.elements, np.int32
+            )  # NOBODY, and no memory before it is written
         if kind == "store":
             lanes = np.arange(at.size, dtype=np.int32)
             owners[at] = lanes
@@ -387,7 +389,7 @@ class Guard:
             self._fail(builder, kind, addresses, outside, "are in no tensor argument", width)
         columns, rows = builder.grid_dim[:2]
         x, y, z = builder.grid_idx
-        program = x + columns * (y + rows * z)
+        program = 1 + x + columns * (y + rows * z)
         race = region.claim(kind, program, at.reshape(-1))
         if race is None:
             return
@@ -395,7 +397,8 @@ class Guard:
         where = self._locate(region.start + element * region.width)
         if other == program:
             raise KernelRaceError(f"one store of program {(x, y, z)} writes {where} twice")
-        who = f"program {(other % columns, other // columns % rows, other // (columns * rows))}"
+        at_grid = other - 1
+        who = f"program {(at_grid % columns, at_grid // columns % rows, at_grid // (columns * rows))}"
         who = "several programs" if other == SEVERAL else who
         raise KernelRaceError(f"{kind} of program {(x, y, z)} meets the {what} of {who} at {where}")
 

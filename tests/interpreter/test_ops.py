@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -340,3 +341,19 @@ def test_parameters_are_read_at_each_call() -> None:
         right = fused_unit(unit.spec, 4, "reference", like=unit)(inputs.history, inputs.target)
     assert not torch.equal(before, after)
     assert_near("output", after, right, 1e-5)
+
+
+@pytest.mark.parametrize("strides", [(2**30 + 8, 4, 1), (8, 2**30 + 8, 1)], ids=["of users", "of rows"])
+def test_offsets_beyond_two_to_the_31(strides: tuple[int, int, int], tmp_path: Path) -> None:
+    """Three users or rows 2^30 elements apart, each stride within 32 bits: a file with holes, of which only a few pages
+    are ever touched."""
+    dim = 4
+    big = torch.from_file(str(tmp_path / "holes"), shared=True, size=2 * sum(strides) + dim, dtype=torch.float16)
+    history = big.as_strided((3, 3, dim), strides)
+    spec = preset("rechub", [4], "relu")
+    small = draw(Case(spec, (3, 3, dim)), 0, torch.float32).to(torch.float16)
+    history.copy_(small.history)
+    unit = fused_unit(spec, dim, "triton").half().eval()
+    with torch.no_grad():
+        found, right = unit(history, small.target), unit(small.history, small.target)
+    assert unit.last_backend == "triton" and torch.equal(found, right) and found[2].any()
