@@ -84,18 +84,28 @@ template <class T> const T* data(const MaybeTensor& t) {
 }
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+int32_t dtype_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    default: return aoti_torch_dtype_float16();
+  }
+}
+int64_t size_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+
 template <class T> constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 // As torch::stable::empty, which looks its op up by name at every call.
-template <class T> Tensor new_tensor(const std::vector<int64_t>& sizes) {
+Tensor new_tensor(ScalarType type, const std::vector<int64_t>& sizes) {
   int64_t strides[8], step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes[i]) strides[i] = step;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides,
-                                                         sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides, dtype_code(type),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
+template <class T> Tensor new_tensor(const std::vector<int64_t>& sizes) { return new_tensor(kType<T>, sizes); }
 
 // Memory of kept panels and of the history's gradient. It is large and comes back every step; from malloc it would come as
 // fresh pages each time, which costs more than the work on them. Blocks are kept for the next step up to a limit.
@@ -140,15 +150,16 @@ class Pool {
 };
 
 // A tensor that comes and goes with every step.
-template <class T> Tensor kept_tensor(std::vector<int64_t> sizes) {
+Tensor kept_tensor(ScalarType type, std::vector<int64_t> sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
-  size_t bytes = strides[0] * sizes[0] * sizeof(T);
-  if (bytes < (1 << 20)) return new_tensor<T>(sizes);
+  size_t bytes = strides[0] * sizes[0] * size_of(type);
+  if (bytes < (1 << 20)) return new_tensor(type, sizes);
   void* p = Pool::get().take(bytes);
-  return torch::stable::from_blob(p, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), kType<T>,
+  return torch::stable::from_blob(p, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
                                   [p, bytes](void*) { Pool::get().give_back(p, bytes); });
 }
+template <class T> Tensor kept_tensor(std::vector<int64_t> sizes) { return kept_tensor(kType<T>, std::move(sizes)); }
 template <class T> Tensor nothing() { return new_tensor<T>({0}); }
 
 // ---------------------------------------------------------------- arguments -> Unit
@@ -157,7 +168,8 @@ template <class T> struct Arguments {
   Unit<T> unit;
   Tensors held;
   std::vector<int64_t> panel_start;
-  int64_t panel_total = 0;  // panel rows of all users
+  int64_t panel_total = 0;  // panel rows of all candidates
+  ScalarType stored = kType<T>;  // dtype of history and query
   bool ragged = false;
 
   const T* hold(const Tensor& t) {
@@ -175,8 +187,8 @@ template <class T> struct Arguments {
 
   void segments(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
                 const MaybeTensor& mask, const Tensor& query, bool pads_are_input) {
-    STD_TORCH_CHECK(!candidate_offsets.has_value(), "candidate_offsets: several candidates a user are not built yet; expected None");
     ragged = starts.has_value();
+    STD_TORCH_CHECK(!ragged || !candidate_offsets.has_value(), "candidate_offsets: expected None for ragged histories");
     STD_TORCH_CHECK(history.dim() == (ragged ? 2 : 3), "history: expected ", ragged ? 2 : 3, " dimensions, got ", history.dim());
     STD_TORCH_CHECK(query.dim() == 2, "query: expected 2 dimensions, got ", query.dim());
     const int last = (int)history.dim() - 1;
@@ -186,13 +198,17 @@ template <class T> struct Arguments {
     STD_TORCH_CHECK(history.stride(last) == 1 || unit.dim == 1, "history: expected a last stride of 1, got ", history.stride(last));
     STD_TORCH_CHECK(query.stride(1) == 1 || unit.dim == 1, "query: expected a last stride of 1, got ", query.stride(1));
     STD_TORCH_CHECK(query.scalar_type() == history.scalar_type(), "query: expected the dtype of history");
-    unit.history = data<T>(history);
-    unit.query = data<T>(query);
+    stored = history.scalar_type();
+    unit.storage = stored == ScalarType::BFloat16 ? kBfloat16 : stored == ScalarType::Half ? kFloat16 : kWide;
+    unit.history = history.data_ptr();
+    unit.query = query.data_ptr();
     unit.query_stride = query.stride(0);
     unit.row_stride = history.stride(last - 1);
     unit.pads_are_input = pads_are_input;
     unit.users = ragged ? starts->size(0) : history.size(0);
-    STD_TORCH_CHECK(query.size(0) == unit.users, "query: expected ", unit.users, " rows, got ", query.size(0));
+    unit.candidates = query.size(0);
+    if (candidate_offsets.has_value()) check_offsets(*candidate_offsets);
+    else STD_TORCH_CHECK(query.size(0) == unit.users, "query: expected ", unit.users, " rows, got ", query.size(0));
     for (const MaybeTensor* t : {&starts, &lengths})
       if (t->has_value())
         STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Long && (*t)->dim() == 1 && (*t)->size(0) == unit.users && (*t)->is_contiguous(),
@@ -205,7 +221,7 @@ template <class T> struct Arguments {
     }
     unit.user_stride = history.stride(0);
     unit.length = history.size(1);
-    panel_total = unit.users * panel_rows(unit.length);
+    panel_total = unit.candidates * panel_rows(unit.length);
     if (mask.has_value()) {
       STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == unit.users && mask->size(1) == unit.length &&
                           mask->is_contiguous(),
@@ -216,6 +232,16 @@ template <class T> struct Arguments {
       for (int64_t i = 0; i < unit.users; i++)
         STD_TORCH_CHECK(unit.lengths[i] >= 0 && unit.lengths[i] <= unit.length, "lengths: expected values from 0 to ", unit.length, ", got ",
                         unit.lengths[i], " at ", i);
+  }
+
+  void check_offsets(const Tensor& offsets) {
+    STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 && offsets.size(0) == unit.users + 1 && offsets.is_contiguous(),
+                    "candidate_offsets: expected contiguous int64 of shape (users + 1,)");
+    const int64_t* o = data<int64_t>(offsets);
+    bool in_order = o[0] == 0 && o[unit.users] == unit.candidates;
+    for (int64_t i = 0; i < unit.users; i++) in_order = in_order && o[i] <= o[i + 1];
+    STD_TORCH_CHECK(in_order, "candidate_offsets: expected 0 to ", unit.candidates, " in order");
+    unit.candidate_offsets = o;
   }
 
   void check_ragged(const Tensor& history, const Tensor& starts) {
@@ -273,9 +299,13 @@ template <class T> struct Arguments {
       inputs = layer.units;
     }
     expect("weights", weights[weights.size() - 2], {inputs});
-    expect("weights", weights.back(), {1});
+    const Tensor& tail = weights.back();
+    expect("weights", tail, {tail.numel() == 2 ? 2 : 1});
     unit.score_weight = hold(weights[weights.size() - 2]);
-    unit.score_bias = *hold(weights.back());
+    const T* numbers = hold(tail);
+    unit.score_bias = numbers[0];
+    if (tail.numel() == 2) unit.score_slope = numbers[1];
+    has_slope = tail.numel() == 2;
   }
 
   void statistics(const Tensors& response, const Tensors& kept, const Tensors* sums) {
@@ -297,10 +327,11 @@ template <class T> struct Arguments {
   }
 
   void score(int64_t score_activation, bool softmax, int64_t empty, int64_t pooling) {
-    STD_TORCH_CHECK(score_activation >= 0 && score_activation <= kScoreSigmoid, "score_activation: expected 0 or 1, got ", score_activation);
+    STD_TORCH_CHECK(score_activation >= 0 && score_activation < kScoreActivations, "score_activation: expected 0 to 2, got ", score_activation);
     STD_TORCH_CHECK(!softmax || score_activation == kScoreNone, "score_activation: expected none with softmax, got ", score_activation);
+    STD_TORCH_CHECK((score_activation == kScorePrelu) == has_slope, "score_activation: expected a slope of the score with a PReLU and without it none");
     STD_TORCH_CHECK(empty >= 0 && empty <= kNan, "empty: expected 0 to 2, got ", empty);
-    STD_TORCH_CHECK(pooling >= 0 && pooling <= kMeanValid, "pooling: expected 0 to 2, got ", pooling);
+    STD_TORCH_CHECK(pooling >= 0 && pooling < kPoolings, "pooling: expected 0 to 3, got ", pooling);
     unit.score_activation = (int)score_activation;
     unit.softmax = softmax;
     unit.empty = (int)empty;
@@ -317,23 +348,33 @@ template <class T> struct Arguments {
     STD_TORCH_CHECK(false, name, ": expected ", sizeof(T) == 4 ? "float32" : "float64", " and sizes ", want, "- got sizes ", got);
   }
 
-  std::vector<int64_t> score_sizes() const { return ragged ? std::vector<int64_t>{rows} : std::vector<int64_t>{unit.users, unit.length}; }
+  std::vector<int64_t> score_sizes() const { return ragged ? std::vector<int64_t>{rows} : std::vector<int64_t>{unit.candidates, unit.length}; }
   int64_t rows = 0;  // ragged: rows of history
+  bool has_slope = false;
+
+  void random(double dropout, const MaybeTensor& seed) {
+    STD_TORCH_CHECK(dropout >= 0 && dropout < 1, "dropout: expected a probability from 0 to below 1, got ", dropout);
+    if (dropout == 0) return;
+    STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cpu(),
+                    "seed: expected one int64 on the CPU for dropout");
+    unit.dropout = dropout;
+    unit.seed = (uint64_t)*static_cast<const int64_t*>(seed->data_ptr());
+  }
 };
 
-void not_built(const MaybeTensor& values, const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets, double dropout) {
+void not_built(const MaybeTensor& values, const MaybeTensor& candidate_matrix, const MaybeTensor& window_offsets) {
   STD_TORCH_CHECK(!values.has_value(), "values: separate values are not built yet; expected None");
   STD_TORCH_CHECK(!candidate_matrix.has_value(), "candidate_matrix: a matrix per candidate is not built yet; expected None");
   STD_TORCH_CHECK(!window_offsets.has_value(), "window_offsets: windows are not built yet; expected None");
-  STD_TORCH_CHECK(dropout == 0, "dropout: not built yet; expected 0, got ", dropout);
 }
 
 template <class F> auto by_dtype(const Tensor& history, const F& f) {
   STD_TORCH_CHECK(history.is_cpu(), "history: expected a CPU tensor for the native backend");
   const ScalarType dtype = history.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "history: expected float32 or float64");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "history: expected float32, float64, bfloat16 or float16");
   try {
-    return dtype == ScalarType::Float ? f(float{}) : f(double{});
+    return dtype == ScalarType::Double ? f(double{}) : f(float{});
   } catch (const OutOfMemory&) {
     STD_TORCH_CHECK(false, "din_fast: out of memory for scratch");
   }
@@ -343,15 +384,14 @@ template <class F> auto by_dtype(const Tensor& history, const F& f) {
 Tensors native_moments(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
                        const MaybeTensor& mask, const Tensor& query, const Tensors& weights, const Tensors& affine, const Tensors& kept,
                        const MaybeTensor& candidate_matrix, int64_t layer, bool keep, int64_t activation, double dice_eps, bool pads_are_input,
-                       double dropout, int64_t) {
-  not_built({}, candidate_matrix, {}, dropout);
+                       double dropout, const MaybeTensor& seed) {
+  not_built({}, candidate_matrix, {});
   return by_dtype(history, [&](auto zero) -> Tensors {
     using T = decltype(zero);
     Arguments<T> a;
     a.segments(history, starts, lengths, candidate_offsets, mask, query, pads_are_input);
-    STD_TORCH_CHECK(pads_are_input || (!a.unit.mask && (a.ragged || !a.unit.lengths)),
-                    "pads_are_input: statistics over the valid positions only are not built yet; expected true");
     a.parameters(weights, affine, activation, dice_eps, layer);
+    a.random(dropout, seed);
     STD_TORCH_CHECK(layer >= 0 && layer < a.unit.layers, "layer: expected 0 to ", a.unit.layers - 1, ", got ", layer);
     a.statistics({}, kept, nullptr);
     const int64_t units = a.unit.layer[layer].units;
@@ -364,9 +404,10 @@ Tensors native_moments(const Tensor& history, const MaybeTensor& starts, const M
 
 template <class T> Tensors run_forward(Arguments<T>& a, const Tensor& history) {
   if (a.ragged) a.rows = history.size(0);
-  Tensor pooled = new_tensor<T>({a.unit.users, a.unit.dim}), scores = new_tensor<T>(a.score_sizes());
+  const bool pools = a.unit.pooling != kNoPooling;
+  Tensor pooled = new_tensor(a.stored, {a.unit.candidates, pools ? a.unit.dim : 0}), scores = new_tensor<T>(a.score_sizes());
   if (a.ragged) torch::stable::zero_(scores);
-  kernels<T>().forward(a.unit, {data<T>(pooled), data<T>(scores)}, parallel);
+  kernels<T>().forward(a.unit, {pools ? pooled.data_ptr() : nullptr, data<T>(scores)}, parallel);
   return {pooled, scores};
 }
 
@@ -374,14 +415,15 @@ Tensors native_forward(const Tensor& history, const MaybeTensor& starts, const M
                        const MaybeTensor& mask, const Tensor& query, const Tensors& weights, const Tensors& affine,
                        const Tensors& response, const Tensors& kept, const MaybeTensor& values, const MaybeTensor& candidate_matrix,
                        const MaybeTensor& window_offsets, int64_t activation, double dice_eps, bool pads_are_input, int64_t score_activation,
-                       bool softmax, int64_t empty, int64_t pooling, double dropout, int64_t) {
-  not_built(values, candidate_matrix, window_offsets, dropout);
+                       bool softmax, int64_t empty, int64_t pooling, double dropout, const MaybeTensor& seed) {
+  not_built(values, candidate_matrix, window_offsets);
   return by_dtype(history, [&](auto zero) -> Tensors {
     using T = decltype(zero);
     Arguments<T> a;
     a.segments(history, starts, lengths, candidate_offsets, mask, query, pads_are_input);
     a.parameters(weights, affine, activation, dice_eps);
     a.statistics(response, kept, nullptr);
+    a.random(dropout, seed);
     a.score(score_activation, softmax, empty, pooling);
     Tensors out = run_forward(a, history);
     out.push_back(nothing<T>());
@@ -401,19 +443,20 @@ Tensors native_forward(const Tensor& history, const MaybeTensor& starts, const M
       sums, local, values, candidate_matrix, window_offsets, from
 #define DIN_FAST_PASS_NUMBERS                                                                                                 \
   int64_t activation, double dice_eps, bool pads_are_input, int64_t score_activation, bool softmax, int64_t empty,            \
-      int64_t pooling, double dropout
-#define DIN_FAST_PASS_NUMBER_NAMES activation, dice_eps, pads_are_input, score_activation, softmax, empty, pooling, dropout
+      int64_t pooling, double dropout, const MaybeTensor &seed
+#define DIN_FAST_PASS_NUMBER_NAMES activation, dice_eps, pads_are_input, score_activation, softmax, empty, pooling, dropout, seed
 
 // One pass of the backward. Returns d_history, d_query, the gradients of `weights` in their order, the sums of each layer,
 // d_logit and local; what the pass does not give is empty.
 Tensors backward_pass(DIN_FAST_PASS_PARAMETERS, int64_t to, bool need_history, bool need_query, bool need_weights, DIN_FAST_PASS_NUMBERS) {
-  not_built(values, candidate_matrix, window_offsets, dropout);
+  not_built(values, candidate_matrix, window_offsets);
   return by_dtype(history, [&](auto zero) -> Tensors {
     using T = decltype(zero);
     Arguments<T> a;
     a.segments(history, starts, lengths, candidate_offsets, mask, query, pads_are_input);
     a.parameters(weights, affine, activation, dice_eps);
     a.statistics(response, kept, &sums);
+    a.random(dropout, seed);
     a.score(score_activation, softmax, empty, pooling);
     const Unit<T>& u = a.unit;
     STD_TORCH_CHECK(to >= -1 && from < u.layers && to <= from, "from, to: expected -1 <= to <= from < ", u.layers, ", got ", from, " and ", to);
@@ -424,14 +467,17 @@ Tensors backward_pass(DIN_FAST_PASS_PARAMETERS, int64_t to, bool need_history, b
     pass.to = (int)to;
     STD_TORCH_CHECK(!pass.first || from == u.layers - 1, "from: expected the last layer in the first pass, got ", from);
     if (grad_pooled.has_value()) {
-      STD_TORCH_CHECK(grad_pooled->size(0) == u.users && grad_pooled->size(1) == u.dim, "grad_pooled: expected (users, dim)");
-      pass.grad_pooled = data<T>(*grad_pooled);
+      STD_TORCH_CHECK(u.pooling != kNoPooling, "grad_pooled: expected None without pooling");
+      STD_TORCH_CHECK(grad_pooled->size(0) == u.candidates && grad_pooled->size(1) == u.dim && grad_pooled->scalar_type() == a.stored,
+                      "grad_pooled: expected (candidates, dim) of the history's dtype");
+      pass.grad_pooled = grad_pooled->data_ptr();
       pass.grad_pooled_stride[0] = grad_pooled->stride(0);
       pass.grad_pooled_stride[1] = grad_pooled->stride(1);
     }
     if (grad_scores.has_value()) {
       STD_TORCH_CHECK(!a.ragged, "grad_scores: not built for ragged histories; expected None");
-      STD_TORCH_CHECK(grad_scores->size(0) == u.users && grad_scores->size(1) == u.length, "grad_scores: expected (users, length)");
+      STD_TORCH_CHECK(grad_scores->size(0) == u.candidates && grad_scores->size(1) == u.length && grad_scores->scalar_type() == kType<T>,
+                      "grad_scores: expected (candidates, length) of the scores' dtype");
       pass.grad_scores = data<T>(*grad_scores);
       pass.grad_scores_stride[0] = grad_scores->stride(0);
       pass.grad_scores_stride[1] = grad_scores->stride(1);
@@ -445,6 +491,10 @@ Tensors backward_pass(DIN_FAST_PASS_PARAMETERS, int64_t to, bool need_history, b
       out[i] = new_tensor<T>(sizes);
       return data<T>(out[i]);
     };
+    auto give_input = [&](size_t i, std::vector<int64_t> sizes) {
+      out[i] = kept_tensor(a.stored, std::move(sizes));
+      return out[i].data_ptr();
+    };
     auto keep = [&](size_t i, std::vector<int64_t> sizes) {
       out[i] = kept_tensor<T>(std::move(sizes));
       return data<T>(out[i]);
@@ -453,7 +503,7 @@ Tensors backward_pass(DIN_FAST_PASS_PARAMETERS, int64_t to, bool need_history, b
       pass.d_logit = keep(logit, {a.panel_total});
       if (need_weights) {
         pass.d_score_weight = give(weights.size(), {u.layer[u.layers - 1].units});
-        pass.d_score_bias = give(weights.size() + 1, {1});
+        pass.d_score_bias = give(weights.size() + 1, {a.has_slope ? 2 : 1});
       }
     } else {
       Arguments<T>::expect("local", local[0], {a.panel_total});
@@ -481,12 +531,9 @@ Tensors backward_pass(DIN_FAST_PASS_PARAMETERS, int64_t to, bool need_history, b
         pass.d_a_k = give(3, {units, u.dim});
         pass.d_a_p = give(4, {units, u.dim});
       }
-      if (need_query) pass.d_query = give(1, {u.users, u.dim});
+      if (need_query) pass.d_query = give_input(1, {u.candidates, u.dim});
       if (need_history) {
-        if (a.ragged)
-          pass.d_history = keep(0, {history.size(0), u.dim});
-        else
-          pass.d_history = keep(0, {u.users, u.length, u.dim});
+        pass.d_history = a.ragged ? give_input(0, {history.size(0), u.dim}) : give_input(0, {u.users, u.length, u.dim});
         if (a.ragged) torch::stable::zero_(out[0]);
       }
     }
@@ -496,30 +543,36 @@ Tensors backward_pass(DIN_FAST_PASS_PARAMETERS, int64_t to, bool need_history, b
 }
 
 // Down to layer `layer`, for the sums that its batch statistics need.
-Tensors native_backward_moments(DIN_FAST_PASS_PARAMETERS, int64_t layer, bool need_weights, DIN_FAST_PASS_NUMBERS, int64_t) {
+Tensors native_backward_moments(DIN_FAST_PASS_PARAMETERS, int64_t layer, bool need_weights, DIN_FAST_PASS_NUMBERS) {
   STD_TORCH_CHECK(layer >= 0, "layer: expected 0 or more, got ", layer);
   return backward_pass(DIN_FAST_PASS_NAMES, layer, false, false, need_weights, DIN_FAST_PASS_NUMBER_NAMES);
 }
 
 // Down to the inputs.
-Tensors native_backward(DIN_FAST_PASS_PARAMETERS, bool need_history, bool need_query, bool need_weights, DIN_FAST_PASS_NUMBERS, int64_t) {
+Tensors native_backward(DIN_FAST_PASS_PARAMETERS, bool need_history, bool need_query, bool need_weights, DIN_FAST_PASS_NUMBERS) {
   return backward_pass(DIN_FAST_PASS_NAMES, -1, need_history, need_query, need_weights, DIN_FAST_PASS_NUMBER_NAMES);
 }
 
 // Evaluation without gradient, from the raw parameters: 11 tensors a hidden layer (weight, bias, then weight, bias, running
-// mean and variance of the norm and of the gate's norm, slope), then the score's weight (1, H) and bias.
+// mean and variance of the norm and of the gate's norm, slope), then the score's weight (1, H), bias and slope. A Dice without
+// statistics of its gate is SiLU.
 Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
                      const MaybeTensor& mask, const Tensor& query, const MaybeTensors& parameters, const std::vector<int64_t>& blocks,
                      const std::vector<double>& eps, int64_t activation, double dice_eps, int64_t score_activation, bool softmax, int64_t empty,
-                     int64_t pooling) {
+                     int64_t pooling, double score_factor) {
   constexpr int kFields = 11;
   return by_dtype(history, [&](auto zero) -> Tensors {
     using T = decltype(zero);
     Arguments<T> a;
     Unit<T>& u = a.unit;
     a.segments(history, starts, lengths, candidate_offsets, mask, query, false);
+    STD_TORCH_CHECK(parameters.size() % kFields == 3, "parameters: expected 11 a hidden layer and 3, got ", parameters.size());
+    if (parameters.back().has_value()) {
+      Arguments<T>::expect("parameters", *parameters.back(), {1});
+      u.score_slope = *a.hold(parameters.back());
+      a.has_slope = true;
+    }
     a.score(score_activation, softmax, empty, pooling);
-    STD_TORCH_CHECK(parameters.size() % kFields == 2, "parameters: expected 11 a hidden layer and 2, got ", parameters.size());
     STD_TORCH_CHECK(blocks.size() % 3 == 0 && !blocks.empty(), "blocks: expected 3 numbers a block, got ", blocks.size());
     const int hidden = (int)parameters.size() / kFields;
     STD_TORCH_CHECK(hidden <= kMaxLayers && eps.size() == 2 * (size_t)hidden, "eps: expected 2 a hidden layer, got ", eps.size());
@@ -539,7 +592,7 @@ Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const May
     for (int i = 0; i < u.layers; i++) {
       STD_TORCH_CHECK(parameters[i * kFields].has_value(), "parameters: expected a weight of layer ", i);
       u.layer[i].units = parameters[i * kFields]->size(0);
-      total += u.layer[i].units * ((i ? u.layer[i - 1].units : 3 * dim) + 4);
+      total += u.layer[i].units * ((i ? u.layer[i - 1].units : 3 * dim) + 5);
     }
     std::vector<T> folded(total + 1, T(0));
     T* next = folded.data();
@@ -556,7 +609,9 @@ Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const May
       if (hidden) {
         for (int f = 0; f < 4; f++) norm[f] = field(i, 2 + f, {units}), gate[f] = field(i, 6 + f, {units});
         const MaybeTensor& s = parameters[i * kFields + 10];
-        STD_TORCH_CHECK(activation < kPrelu || s.has_value(), "parameters: expected a slope for this activation");
+        const bool silu = activation == kDiceBatch && !gate[2] && !gate[3];
+        STD_TORCH_CHECK(activation < kPrelu || silu || s.has_value(), "parameters: expected a slope for this activation");
+        if (silu) slope = take(units);  // zeros
         if (s.has_value()) {
           slope = a.hold(s);
           STD_TORCH_CHECK(s->numel() == 1 || s->numel() == units, "parameters: expected a slope of 1 or ", units, " elements");
@@ -566,7 +621,7 @@ Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const May
             slope = same;
           }
         }
-        STD_TORCH_CHECK(activation != kDiceBatch || (gate[2] && gate[3]), "parameters: expected running statistics of Dice");
+        STD_TORCH_CHECK(activation != kDiceBatch || !gate[2] == !gate[3], "parameters: expected both running statistics of Dice or none");
       }
       layer.slope = slope;
       // The norm goes into the weights: scale W, scale b + shift.
@@ -592,24 +647,26 @@ Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const May
             for (int64_t d = 0; d < dim; d++) to[d] += factor * from[d];
           }
       }
-      if (gate[2] && gate[3]) {
+      if (hidden && activation == kDiceBatch) {
         T *scale = take(units), *shift = take(units);
         for (int64_t h = 0; h < units; h++) {
-          scale[h] = (gate[0] ? gate[0][h] : T(1)) / std::sqrt(gate[3][h] + (T)eps[2 * i + 1]);
-          shift[h] = (gate[1] ? gate[1][h] : T(0)) - scale[h] * gate[2][h];
+          scale[h] = gate[3] ? (gate[0] ? gate[0][h] : T(1)) / std::sqrt(gate[3][h] + (T)eps[2 * i + 1]) : T(1);
+          shift[h] = gate[3] ? (gate[1] ? gate[1][h] : T(0)) - scale[h] * gate[2][h] : T(0);
         }
         layer.gate_scale = scale;
         layer.gate_shift = shift;
       }
     }
-    static const T one = 1;
-    u.score_weight = &one;
+    const int64_t inputs = hidden ? u.layer[hidden - 1].units : 1;
+    std::vector<T> score(inputs, (T)score_factor);
+    u.score_weight = score.data();
     if (hidden) {
-      const MaybeTensor& w = parameters[parameters.size() - 2];
+      const MaybeTensor& w = parameters[parameters.size() - 3];
       STD_TORCH_CHECK(w.has_value(), "parameters: expected the score's weight");
-      Arguments<T>::expect("parameters", *w, {1, u.layer[hidden - 1].units});
-      u.score_weight = a.hold(w);
-      if (const T* b = a.hold(parameters.back())) u.score_bias = *b;
+      Arguments<T>::expect("parameters", *w, {1, inputs});
+      const T* values = a.hold(w);
+      for (int64_t h = 0; h < inputs; h++) score[h] *= values[h];
+      if (const T* b = a.hold(parameters[parameters.size() - 2])) u.score_bias = *b * (T)score_factor;
     }
     return run_forward(a, history);
   });
@@ -622,20 +679,20 @@ STABLE_TORCH_LIBRARY(din_fast, m) {
 #define DIN_FAST_SCORE "int score_activation, bool softmax, int empty, int pooling"
   m.def("native_moments(" DIN_FAST_SEGMENTS
         ", Tensor[] weights, Tensor[] affine, Tensor[] kept, Tensor? candidate_matrix, int layer, bool keep, int activation, float dice_eps, "
-        "bool pads_are_input, float dropout, int seed) -> Tensor[]");
+        "bool pads_are_input, float dropout, Tensor? seed) -> Tensor[]");
   m.def("native_forward(" DIN_FAST_SEGMENTS
         ", Tensor[] weights, Tensor[] affine, Tensor[] response, Tensor[] kept, Tensor? values, Tensor? candidate_matrix, "
-        "Tensor? window_offsets, int activation, float dice_eps, bool pads_are_input, " DIN_FAST_SCORE ", float dropout, int seed) -> Tensor[]");
+        "Tensor? window_offsets, int activation, float dice_eps, bool pads_are_input, " DIN_FAST_SCORE ", float dropout, Tensor? seed) -> Tensor[]");
 #define DIN_FAST_BACKWARD \
   "Tensor? grad_pooled, Tensor? grad_scores, " DIN_FAST_SEGMENTS \
   ", Tensor[] weights, Tensor[] affine, Tensor[] response, Tensor[] kept, Tensor scores, Tensor[] sums, Tensor[] local, Tensor? values, " \
   "Tensor? candidate_matrix, Tensor? window_offsets, int from_layer, "
 #define DIN_FAST_BACKWARD_TAIL \
-  "bool need_weights, int activation, float dice_eps, bool pads_are_input, " DIN_FAST_SCORE ", float dropout, int seed) -> Tensor[]"
+  "bool need_weights, int activation, float dice_eps, bool pads_are_input, " DIN_FAST_SCORE ", float dropout, Tensor? seed) -> Tensor[]"
   m.def("native_backward_moments(" DIN_FAST_BACKWARD "int layer, " DIN_FAST_BACKWARD_TAIL);
   m.def("native_backward(" DIN_FAST_BACKWARD "bool need_history, bool need_query, " DIN_FAST_BACKWARD_TAIL);
   m.def("native_infer(" DIN_FAST_SEGMENTS
-        ", Tensor?[] parameters, int[] blocks, float[] eps, int activation, float dice_eps, " DIN_FAST_SCORE ") -> Tensor[]");
+        ", Tensor?[] parameters, int[] blocks, float[] eps, int activation, float dice_eps, " DIN_FAST_SCORE ", float score_factor) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(din_fast, CompositeExplicitAutograd, m) {

@@ -1,7 +1,7 @@
 // One call of a DIN activation unit as the kernels see it: plain numbers and pointers, no torch.
 //
 //   z1_l = A_q q + b1 + (A_k + A_p diag(q)) k_l        the folded first layer
-//   a_i  = activation(z_i)      z_{i+1} = W_{i+1} a_i + b_{i+1}
+//   a_i  = dropout(activation(z_i))      z_{i+1} = W_{i+1} a_i + b_{i+1}
 //   s_l  = w . a_n + b          p = mask / softmax of s    v = sum_l p_l k_l
 //
 // Per hidden unit, all activations see z through two affine maps: n = norm_scale (z - center) + norm_shift (a BatchNorm
@@ -13,15 +13,17 @@
 namespace din_fast {
 
 // The numbering of din_fast/spec.py.
-enum Activation { kIdentity, kRelu, kSigmoid, kPrelu, kDiceRow, kDiceBatch, kActivations };
-enum ScoreActivation { kScoreNone, kScoreSigmoid };
-enum Pooling { kSum, kMean, kMeanValid };
+enum Activation { kIdentity, kRelu, kSigmoid, kTanh, kPrelu, kDiceRow, kDiceBatch, kActivations };
+enum ScoreActivation { kScoreNone, kScoreSigmoid, kScorePrelu, kScoreActivations };
+enum Pooling { kSum, kMean, kMeanValid, kNoPooling, kPoolings };
 enum Empty { kZeros, kUniform, kNan };
+// How histories and queries, and with them pooled vectors and the inputs' gradients, are stored; kWide is the T of Unit<T>.
+enum Storage { kWide, kBfloat16, kFloat16 };
 
 constexpr int kMaxLayers = 3;
 // Reductions over users go into at most this many partial sums, cut by the shape alone: the same bits for any threads.
 constexpr int kMaxChunks = 16;
-// Panels of kept values hold each user's rows rounded up to this, a multiple of every instruction set's lanes.
+// Panels of kept values hold each candidate's rows rounded up to this, a multiple of every instruction set's lanes.
 constexpr int64_t kPanelRows = 16;
 // Sums of the backward per hidden unit: dn (z - center), dn, dx (z - center), dx, d slope.
 constexpr int kSums = 5;
@@ -41,25 +43,31 @@ struct Layer {
 
 template <class T>
 struct Unit {
-  // Histories: user u's rows begin at history + (starts ? starts[u] : u * user_stride).
-  const T* history = nullptr;
+  // Histories: user u's rows begin at element (starts ? starts[u] : u * user_stride).
+  Storage storage = kWide;
+  const void* history = nullptr;
   const int64_t *starts = nullptr, *lengths = nullptr;
   const bool* mask = nullptr;           // [users][length]
   const int64_t* panel_start = nullptr; // ragged only: first panel row of each user
   int64_t users = 0, length = 0, dim = 0, user_stride = 0, row_stride = 0;
   bool pads_are_input = false;
-  const T* query = nullptr;
+  // Candidates in the order of their users; user u's are offsets[u] to offsets[u + 1], or just number u where it is null.
+  int64_t candidates = 0;
+  const int64_t* candidate_offsets = nullptr;
+  const void* query = nullptr;          // [candidates][dim]
   int64_t query_stride = 0;
 
   const T *a_q = nullptr, *a_k = nullptr, *a_p = nullptr;  // [units of layer 0][dim]
   int layers = 0;
   Layer<T> layer[kMaxLayers];
   const T* score_weight = nullptr;
-  T score_bias = 0;
+  T score_bias = 0, score_slope = 0;
 
   int activation = kIdentity, score_activation = kScoreNone, pooling = kSum, empty = kZeros;
   T dice_eps = 0;
   bool softmax = false;
+  double dropout = 0;
+  uint64_t seed = 0;
 };
 
 template <class T>
@@ -71,7 +79,8 @@ struct MomentsOut {
 
 template <class T>
 struct ForwardOut {
-  T *pooled, *scores;
+  void* pooled;  // [candidates][dim], null without pooling
+  T* scores;     // [candidates][length], or ragged [rows]
 };
 
 // One pass of the backward, from the scores (first) or the highest layer whose sums are known, down to the layer `to`,
@@ -81,17 +90,18 @@ struct BackwardPass {
   bool first = true;
   int from = 0;  // highest layer to go through
   int to = -1;
-  const T *grad_pooled = nullptr, *grad_scores = nullptr;  // either may be null
+  const void* grad_pooled = nullptr;  // either may be null
+  const T* grad_scores = nullptr;
   int64_t grad_pooled_stride[2] = {0, 0}, grad_scores_stride[2] = {0, 0};
   const T* scores = nullptr;
-  T* d_logit = nullptr;               // panel rows of every user: written by the first pass, read by the others
+  T* d_logit = nullptr;               // panel rows of every candidate: written by the first pass, read by the others
   const T* local_in = nullptr;        // d z of layer `from` but for its statistics, kept by the pass before
   T* local_out = nullptr;             // the same of layer `to`
-  T *d_history = nullptr, *d_query = nullptr;
+  void *d_history = nullptr, *d_query = nullptr;
   T *d_a_q = nullptr, *d_a_k = nullptr, *d_a_p = nullptr;
   T *d_weight[kMaxLayers] = {}, *d_bias[kMaxLayers] = {};
   double* sums[kMaxLayers] = {};
-  T *d_score_weight = nullptr, *d_score_bias = nullptr;
+  T *d_score_weight = nullptr, *d_score_bias = nullptr;  // the slope's gradient is behind the bias's
 };
 
 // Runs body(context, i) for i in 0..n, on any threads.

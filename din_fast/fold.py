@@ -51,11 +51,16 @@ def fold_table(weight: Tensor, table: Sequence[int]) -> tuple[Tensor, Tensor, Te
 
 
 def fold_layers(
-    layers: Sequence[tuple[Tensor, Tensor | None]], weight: Tensor, bias: Tensor | None, table: Sequence[int]
+    layers: Sequence[tuple[Tensor, Tensor | None]],
+    weight: Tensor,
+    bias: Tensor | None,
+    score_slope: Tensor | None,
+    score_factor: float,
+    table: Sequence[int],
 ) -> list[Tensor]:
     """The ops' `weights`, from weight and bias of each hidden layer and of the last Linear; half types in float32.
 
-    No hidden layer is one of one unit, as it stands.
+    No hidden layer is one of one unit, as it stands. The score's slope, where there is one, is behind its bias.
     """
     if not layers:
         layers, weight, bias = [(weight, bias)], weight.new_ones(1, 1), None
@@ -63,14 +68,22 @@ def fold_layers(
     for i, (w, b) in enumerate(layers):
         found += fold_table(wide(w), table) if i == 0 else [wide(w)]
         found.append(found[-1].new_zeros(w.shape[0]) if b is None else wide(b))
-    return [*found, wide(weight).reshape(-1), found[-1].new_zeros(1) if bias is None else wide(bias)]
+    score, last = wide(weight).reshape(-1), found[-1].new_zeros(1) if bias is None else wide(bias)
+    if score_factor != 1.0:
+        score, last = score * score_factor, last * score_factor
+    if score_slope is not None:
+        last = torch.cat([last, wide(score_slope).reshape(1)])
+    return [*found, score, last]
 
 
 def fold_parameters(
-    parameters: Sequence[Tensor | None], table: Sequence[int], eps: Sequence[float]
+    parameters: Sequence[Tensor | None], table: Sequence[int], eps: Sequence[float], gated: bool, score_factor: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The raw parameters of ``infer`` (:func:`din_fast.segments.check_parameters`) as `weights` and `affine`."""
-    *raw, weight, bias = parameters
+    """The raw parameters of ``infer`` (:func:`din_fast.segments.check_parameters`) as `weights` and `affine`.
+
+    ``gated``: the kernel's activation is Dice with a norm in its gate, which absent statistics leave out (SiLU).
+    """
+    *raw, weight, bias, score_slope = parameters
     assert weight is not None
     absent = wide(weight).new_empty(0)
     layers: list[tuple[Tensor, Tensor | None]] = []
@@ -81,11 +94,15 @@ def fold_parameters(
         layers.append((w, b))
         scale, shift = _running_affine(norms[:4], eps[2 * len(layers) - 2], absent)
         gate_scale, gate_shift = _running_affine(norms[4:], eps[2 * len(layers) - 1], absent)
-        if scale.numel() and gate_scale.numel():  # Dice's norm sees what the norm before it gives
+        if gated and not gate_scale.numel():
+            gate_scale, gate_shift = (scale, shift) if scale.numel() else (absent.new_ones(w.shape[0]), absent)
+        elif scale.numel() and gate_scale.numel():  # Dice's norm sees what the norm before it gives
             gate_scale, gate_shift = gate_scale * scale, gate_shift + gate_scale * shift
         slopes = absent if slope is None else wide(slope).reshape(-1).expand(w.shape[0])
+        if gated and slope is None:
+            slopes = absent.new_zeros(w.shape[0])
         affine += [absent, scale, shift, gate_scale, gate_shift, slopes]
-    return fold_layers(layers, weight, bias, table), affine or [absent] * AFFINES
+    return fold_layers(layers, weight, bias, score_slope, score_factor, table), affine or [absent] * AFFINES
 
 
 def _running_affine(norm: Sequence[Tensor | None], eps: float, absent: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,11 +131,13 @@ class Affine(NamedTuple):
     response: Tensor | None
 
 
-def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, count: Tensor | None) -> Affine:
+def affine(
+    layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, count: Tensor | None, gated: bool = False
+) -> Affine:
     """Scales and shifts of a hidden layer, from its norms and the batch's (biased) moments of z.
 
     mean, variance (H,) and count (0-d) are None when no norm of the layer is in batch mode. They are constants here:
-    the gradient that flows through them is what ``response`` describes.
+    the gradient that flows through them is what ``response`` describes. ``gated``: as in :func:`fold_parameters`.
     """
     norm, gate = layer.norm, layer.gate_norm
     slope = None if layer.slope is None else wide(layer.slope).reshape(-1).expand(layer.weight.shape[0])
@@ -153,6 +172,9 @@ def affine(layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, cou
             at_center = shift if scale is not None else mean  # what the gate sees where z is at its center
             offset = running_mean.neg() if at_center is None else at_center - running_mean
             gate_shift = _plus(gate.bias, rest * offset)
+    elif gated:  # SiLU: a Dice whose gate sees what its norm gives, with alpha 0
+        gate_scale, gate_shift = (torch.ones_like(wide(layer.weight[:, 0])) if scale is None else scale), shift
+        slope = torch.zeros_like(gate_scale, requires_grad=False)
     response = None
     if mean is not None:
         assert variance is not None and count is not None
@@ -171,7 +193,9 @@ def _response(
     if scale is not None and norm is not None and batch_mode(norm):
         scale_by_variance = scale / (variance + norm.eps)
     gate_by_variance = None  # -2 d gate_scale / d variance
-    if gate is not None and gate_scale is not None:
+    if gate is None:
+        gate_by_variance = None if gate_scale is None else scale_by_variance
+    elif gate_scale is not None:
         if not batch_mode(gate):
             assert gate.running_var is not None
             if scale_by_variance is not None:
@@ -213,34 +237,39 @@ def _plus(bias: Tensor | None, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_running_statistics(
-    norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: Tensor
+    norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: Tensor, may_be_empty: bool = False
 ) -> None:
     """What torch's BatchNorm does to its buffers in training: unbiased variance, momentum or cumulative average.
 
-    mean, variance (H,), biased; count (0-d): the rows they were taken over, at least 2. Nothing changes when no
-    statistics are tracked or when the norm is frozen (eval).
+    mean, variance (H,), biased; count (0-d): the rows they were taken over. Nothing changes when no statistics are
+    tracked or when the norm is frozen (eval), nor, where it ``may_be_empty``, for a count of 0.
     """
     if not (norm.training and norm.track_running_stats) or norm.running_mean is None or norm.running_var is None:
         return
     factor: Tensor | float = 0.0 if norm.momentum is None else norm.momentum
+    some = count > 0 if may_be_empty else 1
     if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+        norm.num_batches_tracked.add_(some)
         if norm.momentum is None:
             factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+    if may_be_empty:
+        factor = (count > 0).to(mean.dtype) * factor
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-    unbiased = variance * (count / (count - 1))
+    unbiased = variance * (count / (count - 1).clamp(min=1))
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
 
 
-def update_layer(layer: HiddenLayer, affine: Affine, variance: Tensor, count: Tensor) -> None:
+def update_layer(
+    layer: HiddenLayer, affine: Affine, variance: Tensor, count: Tensor, may_be_empty: bool = False
+) -> None:
     """Update the running statistics of a hidden layer's norms from the batch's moments of z."""
     assert affine.center is not None
     mean = affine.center
     if layer.norm is not None:
-        update_running_statistics(layer.norm, mean, variance, count)
+        update_running_statistics(layer.norm, mean, variance, count, may_be_empty)
         # Dice's norm sees what the norm before it gives: an affine map of z.
         assert affine.norm_scale is not None
         scale, shift = affine.norm_scale.detach(), affine.norm_shift
         mean, variance = torch.zeros_like(scale) if shift is None else shift.detach(), scale.square() * variance
     if layer.gate_norm is not None:
-        update_running_statistics(layer.gate_norm, mean, variance, count)
+        update_running_statistics(layer.gate_norm, mean, variance, count, may_be_empty)

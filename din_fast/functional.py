@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from din_fast import dispatch, fold, ops, reference, segments
+from din_fast import dispatch, distributed, fold, ops, reference, segments
 from din_fast.spec import (
-    ACTIVATIONS,
     EMPTY_RULES,
+    KERNEL_ACTIVATIONS,
     POOLINGS,
     SCORE_ACTIVATIONS,
     HiddenLayer,
     UnitParameters,
     UnitSpec,
     batch_mode,
+    slope_of,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Result(NamedTuple):
-    """pooled (B, D), the weights of the positions (B, L), and the backend that ran."""
+    """pooled (B, D), the weights of the positions (B, L), and the backend that ran; (B, M, D) and (B, M, L) for
+    queries (B, M, D)."""
 
     pooled: Tensor
     weights: Tensor
     backend: str
+
+    def output(self, spec: UnitSpec) -> Tensor:
+        """What the unit gives: the pooled vectors, or the weights where the spec has no pooling."""
+        return self.weights if spec.pooling == "none" else self.pooled
 
 
 def activation_unit(
@@ -43,11 +52,14 @@ def activation_unit(
     Keyword-only, since :class:`~din_fast.FusedActivationUnit` takes (history, target) in that order.
 
     Args:
-        query: (B, D), the candidate item; float32, float64 (not on the triton backend), bfloat16 or float16 (not on
-            the native one).
-        history: (B, L, D), same dtype and device; any strides, nothing is copied unless the last stride is not 1.
-        parameters: the weights, norms and slopes of the MLP. BatchNorms in training mode get their running statistics
-            updated, each with its own momentum.
+        query: (B, D), the candidate item; or (B, M, D), M candidates for each history, which is then read once and
+            never expanded; or (M, D) where the history is (1, L, D). float32, float64 (not on the triton backend),
+            bfloat16 or float16; in half types all arithmetic is float32. Under autocast query and history are cast to
+            its dtype, parameters and statistics are not.
+        history: (B, L, D), same dtype and device; any strides, nothing is copied unless the last stride is not 1. One
+            history expanded over B (stride 0) is taken as one user with B candidates, unless mask or lengths differ.
+        parameters: the weights, norms and slopes of the MLP, of the history's dtype, or float32 for a history of a half
+            type. BatchNorms in training mode get their running statistics updated, each with its own momentum.
         spec: what the unit computes.
         mask: (B, L) bool, True = valid; a masked position has weight 0 and is left out of the softmax.
         lengths: (B,) int64 or int32, the first ``lengths[b]`` positions are valid. With a mask as well, both must hold.
@@ -55,19 +67,20 @@ def activation_unit(
             set, read at each call.
 
     Returns:
-        (B, D), the weighted sum (or mean, as ``spec.pooling`` says) of the history. An empty history gives zeros,
-        unless ``spec.empty`` says otherwise.
+        (B, D), or (B, M, D), the weighted sum (or mean, as ``spec.pooling`` says) of the history; with the pooling
+        ``none`` the weights, (B, L) or (B, M, L). An empty history gives zeros, unless ``spec.empty`` says otherwise.
 
     Raises:
         ValueError: wrong rank or shape, lengths negative or beyond L, mixed devices, an unknown backend, one row in
-            training with batch statistics.
+            training with batch statistics, different dropout probabilities in the layers.
         TypeError: a dtype that the backend does not have, mixed dtypes, a mask that is not bool.
-        RuntimeError: the backend that was named cannot run here, the gradient of a gradient was asked for, or a
-            SyncBatchNorm is in training in more than one process, which the kernels do not serve yet.
+        RuntimeError: the backend that was named cannot run here, or the gradient of a gradient was asked for.
+
+    Dropout draws a seed from torch's generator of the device; the same seed gives the same result on one backend.
 
     Source: Zhou et al. 2018, https://arxiv.org/abs/1706.06978, and the framework that ``spec`` describes.
     """
-    return run(query, history, parameters, spec, mask, lengths, backend).pooled
+    return run(query, history, parameters, spec, mask, lengths, backend).output(spec)
 
 
 def run(
@@ -86,24 +99,47 @@ def run(
     ``query_name`` is what the caller calls the query, for error messages; ``emb_dim`` is the D that a module was built
     for.
     """
-    segs = segments.prepare(query, history, mask, lengths, query_name, emb_dim)
-    flat = segments.check_parameters(parameters, spec, history)
-    chosen = dispatch.choose(backend, history, spec.hidden_units)
+    segs, flat_query, shape = segments.prepare(query, history, mask, lengths, query_name, emb_dim)
+    flat = segments.check_parameters(parameters, spec, segs.history)
+    chosen = dispatch.choose(backend, segs.history, spec.hidden_units)
     batch_statistics = reference.uses_batch_statistics(parameters)
-    if batch_statistics:
-        segments.check_batch_statistics(history)
+    if batch_statistics and not distributed.synchronised(parameters.hidden):
+        segments.check_batch_statistics(segs, flat_query, spec.batch_stats == "valid")
+    dropout = segments.check_dropout(parameters)
     if chosen == "reference":
-        segments.check_length_values(segs.lengths, history.shape[1])
-        valid = segments.valid_positions(segs)
-        return Result(*reference.activation_unit(query, history, parameters, spec, valid), chosen)
-    segments.check_one_process(parameters)
-    query = segments.unit_stride(query)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, history, *flat))
-    if batch_statistics or needs_grad:
-        pooled, weights = _with_gradient(chosen, query, segs, parameters, spec, batch_statistics)
+        pooled, weights = _reference(flat_query, segs, parameters, spec)
     else:
-        pooled, weights = _infer(chosen, query, segs, parameters.hidden, flat, spec)
-    return Result(pooled, weights.to(history.dtype), chosen)
+        needs_grad = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (flat_query, segs.history, *flat)
+        )
+        if batch_statistics or needs_grad or dropout:
+            pooled, weights = _with_gradient(chosen, flat_query, segs, parameters, spec, batch_statistics, dropout)
+        else:
+            pooled, weights = _infer(chosen, flat_query, segs, parameters, flat, spec)
+        if parameters.score_slope is not None:
+            # The ops give the scores before their PReLU, whose gradient needs them.
+            weights = reference.weights_of(weights, None, spec, fold.wide(parameters.score_slope))
+        weights = weights.to(segs.history.dtype)
+    if shape is not None:
+        pooled, weights = pooled.view(*shape, pooled.shape[-1]), weights.view(*shape, weights.shape[-1])
+    return Result(pooled, weights, chosen)
+
+
+def _reference(
+    query: Tensor, segs: segments.Segments, parameters: UnitParameters, spec: UnitSpec
+) -> tuple[Tensor, Tensor]:
+    """The plain form, which writes every tensor: a history of several candidates is expanded, too."""
+    history = segs.history
+    segments.check_length_values(segs.lengths, history.shape[1])
+    valid = segments.valid_positions(segs)
+    dtype = history.dtype
+    if segs.candidate_offsets is not None:
+        user = segments.user_of_candidates(segs, query)
+        history, valid = history[user], None if valid is None else valid[user]
+    if parameters.weight.dtype != dtype:  # float32 parameters, and a history of a half type
+        query, history = fold.wide(query), fold.wide(history)
+    pooled, weights = reference.activation_unit(query, history, parameters, spec, valid)
+    return pooled.to(dtype), weights.to(dtype)
 
 
 # z of the layers with batch statistics is kept for the backward up to this; beyond, it is computed again in each pass.
@@ -114,15 +150,16 @@ def _infer(
     backend: str,
     query: Tensor,
     segs: segments.Segments,
-    hidden: tuple[HiddenLayer, ...],
+    parameters: UnitParameters,
     flat: list[Tensor | None],
     spec: UnitSpec,
 ) -> tuple[Tensor, Tensor]:
     """Evaluation without gradient: one op, which folds the raw parameters itself."""
-    eps = [0.0 if norm is None else norm.eps for layer in hidden for norm in (layer.norm, layer.gate_norm)]
+    norms = [norm for layer in parameters.hidden for norm in (layer.norm, layer.gate_norm)]
     pooled, weights = ops.call(
-        backend, "infer", *segs_arguments(segs, query), flat, fold.block_table(spec.blocks), eps,
-        *_activation(spec), *_score(spec),
+        backend, "infer", *segs_arguments(segs, query), flat, fold.block_table(spec.blocks),
+        [0.0 if norm is None else norm.eps for norm in norms], spec.kernel_activation, spec.dice_eps, *_score(spec),
+        spec.score_factor(query.shape[-1]),
     )  # fmt: skip
     return pooled, weights
 
@@ -134,63 +171,81 @@ def _with_gradient(
     parameters: UnitParameters,
     spec: UnitSpec,
     batch_statistics: bool,
+    dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Fold, take the moments of each layer that needs them, run forward, and only then update running statistics."""
-    hidden, weights = _folded(parameters, spec)
+    hidden, weights = _folded(parameters, spec, query.shape[-1])
     arguments = segs_arguments(segs, query)
-    activation = _activation(spec) if parameters.hidden else (ACTIVATIONS.index("identity"), 0.0)
-    rows = segs.history.shape[0] * segs.history.shape[1]
+    identity = (KERNEL_ACTIVATIONS.index("identity"), 0.0)
+    activation = (spec.kernel_activation, spec.dice_eps) if parameters.hidden else identity
+    pads_are_input = batch_statistics and spec.batch_stats == "all"
+    may_be_empty = batch_statistics and not pads_are_input
+    random = (dropout, reference.draw_seed(query.device) if dropout else None)
+    rows = query.shape[0] * segs.history.shape[1]
     absent = weights[0].new_empty(0)
     row_bytes = ops.kept_rows(backend, segs.history, None, None, query) * absent.element_size()
     affines: list[fold.Affine] = []
     kept: list[Tensor] = []
     updates: list[tuple[HiddenLayer, fold.Affine, Tensor, Tensor]] = []
+    groups: list[ProcessGroup | None] = []
     kept_bytes = 0
     for i, layer in enumerate(hidden):
         mean = variance = count = None
         panel = absent
+        group = None
         if batch_mode(layer.norm) or batch_mode(layer.gate_norm):
             layer_bytes = row_bytes * layer.weight.shape[0]
             # Triton's forward would keep it else: its backward reads z of every layer but the first.
             keep = backend == "triton" or kept_bytes + layer_bytes <= KEEP_LIMIT_BYTES
             kept_bytes += layer_bytes if keep else 0
+            group = distributed.group_of(layer, i)
             with torch.no_grad():
                 count, mean, m2, panel = ops.call(
                     backend, "moments", *arguments, weights, _flat(affines, len(hidden), absent), kept, None, i, keep,
-                    *activation, True, 0.0, 0,
+                    *activation, pads_are_input, *random,
                 )  # fmt: skip
-                if rows == 0:
-                    count = count.clamp(min=1)
-                variance = m2 / count
-        affine = fold.affine(layer, mean, variance, count)
+                if group is not None:
+                    count, mean, m2 = distributed.merge_moments(count, mean, m2, group)
+                variance = m2 / (count.clamp(min=1) if rows == 0 or may_be_empty else count)
+        affine = fold.affine(layer, mean, variance, count, _gated(spec))
         affines.append(affine)
         kept.append(panel)
-        if mean is not None and variance is not None and count is not None and rows > 0:
+        groups.append(group)
+        if mean is not None and variance is not None and count is not None and (rows > 0 or group is not None):
             updates.append((layer, affine, variance, count))
     response = [absent if a.response is None else a.response for a in affines]
-    pooled, scores, _ = ops.call(
-        backend, "forward", *arguments, weights, _flat(affines, len(hidden), absent), response, kept,
-        None, None, None, *activation, batch_statistics, *_score(spec), 0.0, 0,
+    pooled, scores, _ = ops.forward(
+        backend, groups, *arguments, weights, _flat(affines, len(hidden), absent), response, kept,
+        None, None, None, *activation, pads_are_input, *_score(spec), *random,
     )  # fmt: skip
     for layer, affine, variance, count in updates:
-        fold.update_layer(layer, affine, variance, count)
+        fold.update_layer(layer, affine, variance, count, may_be_empty)
     return pooled, scores
 
 
-def _folded(parameters: UnitParameters, spec: UnitSpec) -> tuple[tuple[HiddenLayer, ...], list[Tensor]]:
+def _folded(parameters: UnitParameters, spec: UnitSpec, dim: int) -> tuple[tuple[HiddenLayer, ...], list[Tensor]]:
     """The layers, and the folded weights as the ops take them. No hidden layer is one of one unit, as it stands."""
-    hidden, weight, bias = parameters
-    weights = fold.fold_layers([(x.weight, x.bias) for x in hidden], weight, bias, fold.block_table(spec.blocks))
+    hidden, weight, bias, score_slope = parameters
+    weights = fold.fold_layers(
+        [(x.weight, x.bias) for x in hidden],
+        weight,
+        bias,
+        score_slope,
+        spec.score_factor(dim),
+        fold.block_table(spec.blocks),
+    )
+    hidden = tuple(x._replace(slope=slope_of(x, spec)) for x in hidden)
     return hidden or (HiddenLayer(weight, bias),), weights
+
+
+def _gated(spec: UnitSpec) -> bool:
+    """Whether the kernels' activation is Dice with a norm in its gate: the special case SiLU has none."""
+    return spec.activation == "silu" and bool(spec.hidden_units)
 
 
 def segs_arguments(segs: segments.Segments, query: Tensor) -> tuple[Tensor | None, ...]:
     """The first six arguments of every op."""
     return segs.history, segs.starts, segs.lengths, segs.candidate_offsets, segs.mask, query
-
-
-def _activation(spec: UnitSpec) -> tuple[int, float]:
-    return ACTIVATIONS.index(spec.activation), spec.dice_eps
 
 
 def _score(spec: UnitSpec) -> tuple[int, bool, int, int]:

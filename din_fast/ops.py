@@ -10,7 +10,8 @@ A backend ``name`` has five ops, on segments (:mod:`din_fast.segments`) and fold
 
 Arguments of the first four, beside the segments:
 
-weights    A_q, A_k, A_p (H1, D), b1; (W, b) of each further hidden layer; the score's weight (H,) and bias (1,)
+weights    A_q, A_k, A_p (H1, D), b1; (W, b) of each further hidden layer; the score's weight (H,) and bias (1,), or,
+           with a PReLU on the score, bias and slope (2,)
 affine     six a hidden layer, (H,) or empty: center, norm_scale, norm_shift, gate_scale, gate_shift, slope
 response   one a hidden layer, (2, 4, H) float64, or empty where the layer has no batch statistics
 kept       one a hidden layer: z in the backend's own layout, or empty where it is computed again
@@ -18,22 +19,35 @@ sums       one a hidden layer, (5, H) float64, or empty while unknown: dn (z - c
 local      what one pass of the backward leaves to the next: d score, and dz of a layer without its statistics' answer
 (Lists hold tensors only: torch.library gives no gradient to a list with a None in it. Absent is empty.)
 
-values, candidate_matrix, window_offsets, dropout, seed: not built yet; anything but None and 0 raises
+scores     weights of the positions (candidates, L); with a PReLU on the score, the scores before it, 0 where masked
+pooled     (candidates, D); (candidates, 0) where the pooling is `none`
+seed       int64, 0-d: of the dropout; which activation is dropped depends on it and on where it is alone
+           (:func:`din_fast.reference.dropout_factors`), so each pass finds it again
+pads_are_input  whether padded positions are rows of the batch statistics; else they take no part in anything
+
+values, candidate_matrix, window_offsets: not built yet; anything but None raises
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from din_fast.backends import native, triton
+from din_fast.distributed import add_up
 from din_fast.fold import AFFINES, SUMS
+from din_fast.spec import POOLINGS
 
-PANEL_ROWS = 16  # kept rows of a user are rounded up to this, csrc/unit.h
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Groups = Sequence["ProcessGroup | None"]
+PANEL_ROWS = 16  # kept rows of a candidate are rounded up to this, csrc/unit.h
+POOLING_AT = {"forward": 19, "infer": 14}  # where the pooling is among the arguments
 
 
 def op(backend: str, name: str) -> Any:
@@ -57,14 +71,14 @@ def call(backend: str, name: str, *arguments: Any) -> list[Tensor]:
 def kept_rows(backend: str, history: Tensor, starts: Tensor | None, lengths: Tensor | None, query: Tensor) -> int:
     """Rows of the buffers that a backend keeps something of every position in."""
     if backend == "native":
-        return panel_rows(history, starts, lengths)
+        return panel_rows(query.shape[0], history, starts, lengths)
     return history.shape[0] if starts is not None else query.shape[0] * history.shape[1]
 
 
-def panel_rows(history: Tensor, starts: Tensor | None, lengths: Tensor | None) -> int:
-    """Rows that the panels of all users hold together."""
+def panel_rows(candidates: int, history: Tensor, starts: Tensor | None, lengths: Tensor | None) -> int:
+    """Rows that the panels of all candidates hold together."""
     if starts is None:
-        return history.shape[0] * ((history.shape[1] + PANEL_ROWS - 1) // PANEL_ROWS * PANEL_ROWS)
+        return candidates * ((history.shape[1] + PANEL_ROWS - 1) // PANEL_ROWS * PANEL_ROWS)
     assert lengths is not None
     return int(((lengths + PANEL_ROWS - 1) // PANEL_ROWS * PANEL_ROWS).sum())
 
@@ -89,13 +103,20 @@ def _fake_forward(backend: str, *arguments: Any) -> list[Tensor]:
         units = _units(weights)
         missing = (n for i, n in enumerate(units) if i and not (i < len(kept) and kept[i].numel()))
         size = kept_rows(backend, history, starts, lengths, query) * sum(missing)
-    return [*_fake_infer(backend, *arguments), history.new_empty(size, dtype=_wide(history))]
+    return [*_fake_results("forward", arguments), history.new_empty(size, dtype=_wide(history))]
 
 
 def _fake_infer(backend: str, *arguments: Any) -> list[Tensor]:
+    return _fake_results("infer", arguments)
+
+
+def _fake_results(name: str, arguments: Sequence[Any]) -> list[Tensor]:
+    """Pooled vectors and scores."""
     history, starts, query = arguments[0], arguments[1], arguments[5]
     shape = history.shape[:-1] if starts is not None else (query.shape[0], history.shape[1])
-    return [history.new_empty(query.shape), history.new_empty(shape, dtype=_wide(history))]
+    pooling = arguments[POOLING_AT[name]]
+    pooled = query.shape if POOLINGS[pooling] != "none" else (query.shape[0], 0)
+    return [history.new_empty(pooled), history.new_empty(shape, dtype=_wide(history))]
 
 
 def _wide(history: Tensor) -> torch.dtype:
@@ -126,7 +147,7 @@ def _fake_backward_pass(
         out[-2] = empty(rows)
         if need_weights:
             out[first_sum - 2] = empty(units[-1])
-            out[first_sum - 1] = empty(1)
+            out[first_sum - 1] = empty(*weights[-1].shape)
     if backend == "native":
         if 0 <= to < layers - 1:
             out[-1] = empty(rows * units[to])
@@ -162,8 +183,9 @@ def _fake_backward(backend: str, *arguments: Any) -> list[Tensor]:
     return _fake_backward_pass(backend, arguments[:18], from_layer, -1, need_history, need_query, need_weights)
 
 
-def _forward_with_autograd(backend: str) -> Callable[..., list[Tensor]]:
-    """The Autograd kernel of ``forward``.
+@cache
+def _forward_function(backend: str) -> type[torch.autograd.Function]:
+    """``forward`` with its gradient.
 
     ``torch.library.register_autograd`` would do, but flattening lists of tensors through pytree costs it more than a
     small batch takes: here the lists are flattened by hand.
@@ -172,11 +194,13 @@ def _forward_with_autograd(backend: str) -> Callable[..., list[Tensor]]:
 
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, counts: list[int], rest: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        def forward(
+            ctx: Any, counts: list[int], rest: tuple[Any, ...], groups: Groups, *tensors: Tensor | None
+        ) -> tuple[Tensor, ...]:
             lists = _split(tensors[6:], counts)
             with torch._C._AutoDispatchBelowAutograd():
                 pooled, scores, kept = forward(*tensors[:6], *lists, *rest)
-            ctx.counts, ctx.rest = counts, rest
+            ctx.counts, ctx.rest, ctx.groups = counts, rest, groups
             ctx.save_for_backward(*tensors, scores, kept)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(kept)
@@ -185,35 +209,46 @@ def _forward_with_autograd(backend: str) -> Callable[..., list[Tensor]]:
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             *tensors, scores, new_kept = ctx.saved_tensors
-            out: list[Any] = [None] * (2 + len(tensors))
+            first = 3  # arguments before the tensors
+            out: list[Any] = [None] * (first + len(tensors))
             if grads[0] is None and grads[1] is None:
                 return tuple(out)
             weights, affine, response, kept = _split(tensors[6:], ctx.counts)
             kept = _with_new(kept, new_kept, _units(weights))
-            needs = ctx.needs_input_grad[2:]
+            needs = ctx.needs_input_grad[first:]
             first_weight = 6
             first_affine = first_weight + len(weights)
             need_weights = any(needs[first_weight : first_affine + len(affine)])
             need_history, need_query = needs[0], needs[5]
             arguments = (grads[0], grads[1], *tensors[:6], weights, affine, response, kept, scores)
             d_history, d_query, d_weights, sums = _all_passes(
-                backend, arguments, ctx.rest, need_history, need_query, need_weights
+                backend, arguments, ctx.rest, ctx.groups, need_history, need_query, need_weights
             )
-            out[2] = d_history if need_history else None
-            out[7] = d_query if need_query else None
+            out[first] = d_history if need_history else None
+            out[first + 5] = d_query if need_query else None
             if need_weights:
-                out[2 + first_weight : 2 + first_affine] = d_weights
+                out[first + first_weight : first + first_affine] = d_weights
                 for i in range(len(response)):
                     # The center is a constant, the others have their sum.
                     for j, row in enumerate(sums[i].to(weights[0].dtype).unbind(), start=AFFINES * i + 1):
-                        out[2 + first_affine + j] = row if affine[j].numel() else None
+                        out[first + first_affine + j] = row if affine[j].numel() else None
             return tuple(out)
 
-    def kernel(*arguments: Any) -> list[Tensor]:
-        segments, lists, rest = arguments[:6], arguments[6:10], arguments[10:]
-        return list(Forward.apply([len(x) for x in lists], rest, *segments, *(t for x in lists for t in x)))
+    return Forward
 
-    return kernel
+
+def _forward_with_autograd(backend: str, groups: Groups, *arguments: Any) -> list[Tensor]:
+    """The Autograd kernel of ``forward``."""
+    segments, lists, rest = arguments[:6], arguments[6:10], arguments[10:]
+    flat = (t for x in lists for t in x)
+    return list(_forward_function(backend).apply([len(x) for x in lists], rest, groups, *segments, *flat))
+
+
+def forward(backend: str, groups: Groups, *arguments: Any) -> list[Tensor]:
+    """The op ``forward``; ``groups`` are the processes that share the statistics of each layer, None for this one."""
+    if any(group is not None for group in groups):  # no op can take them
+        return _forward_with_autograd(backend, groups, *arguments)
+    return call(backend, "forward", *arguments)
 
 
 def _split(tensors: Sequence[Any], counts: list[int]) -> list[list[Any]]:
@@ -239,15 +274,21 @@ def _all_passes(
     backend: str,
     arguments: tuple[Any, ...],
     rest: tuple[Any, ...],
+    groups: Groups,
     need_history: bool,
     need_query: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None], list[Tensor]]:
-    """The passes of the backward: one for each layer with batch statistics, from the last, and one to the inputs."""
+    """The passes of the backward: one for each layer with batch statistics, from the last, and one to the inputs.
+
+    The sums that are given back are this process's, as every gradient of a parameter is; those that go into the next
+    pass are of all processes that share the statistics.
+    """
     weights, response = arguments[8], arguments[10]
     layers = len(response)
     reserved, numbers = rest[:3], rest[3:]
     sums = [arguments[2].new_empty(0, dtype=torch.float64)] * layers
+    mine = list(sums)
     local: list[Tensor] = []
     d_weights: list[Tensor | None] = [None] * len(weights)
     first_sum, top = 2 + len(weights), layers - 1
@@ -258,7 +299,7 @@ def _all_passes(
                 d_weights[i] = t
         for i, t in enumerate(out[first_sum:-2]):
             if t.numel():
-                sums[i] = t
+                mine[i], sums[i] = t, add_up(t, groups[i] if groups else None)
 
     for layer in range(layers - 1, -1, -1):
         if response[layer].numel() == 0:
@@ -272,7 +313,7 @@ def _all_passes(
         *arguments, sums, local, *reserved, top, need_history, need_query, need_weights, *numbers
     )
     take(out)
-    return out[0], out[1], d_weights, sums
+    return out[0], out[1], d_weights, mine
 
 
 def _no_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -295,7 +336,7 @@ def register(backend: str) -> None:
         "infer": (_fake_infer, "infer is for calls without gradient; use forward"),
     }
     torch.library.register_fake(f"din_fast::{backend}_forward", partial(_fake_forward, backend))
-    torch.library.impl(f"din_fast::{backend}_forward", "Autograd")(_forward_with_autograd(backend))
+    torch.library.impl(f"din_fast::{backend}_forward", "Autograd")(partial(_forward_with_autograd, backend, ()))
     for name, (fake, message) in names.items():
         torch.library.register_fake(f"din_fast::{backend}_{name}", partial(fake, backend))
         torch.library.register_autograd(f"din_fast::{backend}_{name}", _no_gradient(message), setup_context=_no_setup)
@@ -306,18 +347,18 @@ _SEGMENTS = "Tensor history, Tensor? starts, Tensor? lengths, Tensor? candidate_
 _ABSENT = "Tensor? values, Tensor? candidate_matrix, Tensor? window_offsets"
 _LISTS = "Tensor[] weights, Tensor[] affine, Tensor[] response, Tensor[] kept"
 _SCORE = "int score_activation, bool softmax, int empty, int pooling"
-_NUMBERS = f"int activation, float dice_eps, bool pads_are_input, {_SCORE}, float dropout, int seed"
+_NUMBERS = f"int activation, float dice_eps, bool pads_are_input, {_SCORE}, float dropout, Tensor? seed"
 _PASS = f"{_LISTS}, Tensor scores, Tensor[] sums, Tensor[] local, {_ABSENT}, int from_layer"
 _GRADIENTS = "Tensor? grad_pooled, Tensor? grad_scores"
 SCHEMAS = {
     "moments": f"({_SEGMENTS}, Tensor[] weights, Tensor[] affine, Tensor[] kept, Tensor? candidate_matrix, int layer, "
-    "bool keep, int activation, float dice_eps, bool pads_are_input, float dropout, int seed) -> Tensor[]",
+    "bool keep, int activation, float dice_eps, bool pads_are_input, float dropout, Tensor? seed) -> Tensor[]",
     "forward": f"({_SEGMENTS}, {_LISTS}, {_ABSENT}, {_NUMBERS}) -> Tensor[]",
     "backward_moments": f"({_GRADIENTS}, {_SEGMENTS}, {_PASS}, int layer, bool need_weights, {_NUMBERS}) -> Tensor[]",
     "backward": f"({_GRADIENTS}, {_SEGMENTS}, {_PASS}, bool need_history, bool need_query, bool need_weights, "
     f"{_NUMBERS}) -> Tensor[]",
     "infer": f"({_SEGMENTS}, Tensor?[] parameters, int[] blocks, float[] eps, int activation, float dice_eps, "
-    f"{_SCORE}) -> Tensor[]",
+    f"{_SCORE}, float score_factor) -> Tensor[]",
 }
 _library = torch.library.Library("din_fast", "FRAGMENT")
 

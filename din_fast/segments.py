@@ -7,14 +7,15 @@ its last stride is not 1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from din_fast.spec import UnitParameters, UnitSpec
+from din_fast.spec import UnitParameters, UnitSpec, slope_of
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF_TYPES = (torch.bfloat16, torch.float16)
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -48,10 +49,20 @@ def prepare(
     lengths: Tensor | None,
     query_name: str = "query",
     emb_dim: int | None = None,
-) -> Segments:
-    """Check the four inputs of a dense call, (B, D), (B, L, D), (B, L) and (B,), and describe them as segments.
+) -> tuple[Segments, Tensor, tuple[int, int] | None]:
+    """Check the four inputs of a dense call and describe them as segments.
 
-    ``query_name`` is what the caller calls the query; ``emb_dim``, where it is given, is the only D allowed.
+    Args:
+        query: (B, D), (B, M, D), or (M, D) where the history is (1, L, D).
+        history: (B, L, D).
+        mask: (B, L) or None.
+        lengths: (B,) or None.
+        query_name: what the caller calls the query, for error messages.
+        emb_dim: where it is given, the only D allowed.
+
+    Returns:
+        The segments, the queries as (candidates, D) with unit stride, and (B, M) where there are two such dimensions.
+        Under autocast query and history are cast to its dtype.
     """
     _tensor("history", history)
     _tensor(query_name, query)
@@ -60,14 +71,19 @@ def prepare(
     batch, length, dim = history.shape
     if emb_dim is not None and dim != emb_dim:
         raise ValueError(f"history: expected dim {emb_dim} (emb_dim), got {dim}")
-    if query.dim() != 2:
-        raise ValueError(f"{query_name}: expected 2 dimensions (batch, dim), got shape {tuple(query.shape)}")
-    if tuple(query.shape) != (batch, dim):
+    if query.dim() not in (2, 3):
         raise ValueError(
-            f"{query_name}: expected shape {(batch, dim)} to go with the history, got {tuple(query.shape)}"
+            f"{query_name}: expected 2 dimensions (batch, dim) or 3 (batch, candidates, dim), "
+            f"got shape {tuple(query.shape)}"
         )
+    # One history serves any number of candidates.
+    rows = query.shape[0] if query.dim() == 2 and batch == 1 else batch
+    if query.shape[0] != rows or query.shape[-1] != dim:
+        expected = (rows, *query.shape[1:-1], dim)
+        raise ValueError(f"{query_name}: expected shape {expected} to go with the history, got {tuple(query.shape)}")
     if dim < 1:
         raise ValueError(f"history: expected dim of at least 1, got shape {tuple(history.shape)}")
+    query, history = _autocast(query), _autocast(history)
     if history.dtype not in FLOATS:
         raise TypeError(f"history: expected float32, float64, bfloat16 or float16, got {history.dtype}")
     if query.dtype != history.dtype:
@@ -80,7 +96,6 @@ def prepare(
         if tuple(mask.shape) != (batch, length):
             raise ValueError(f"mask: expected shape {(batch, length)}, got {tuple(mask.shape)}")
         _same_device("mask", mask, history)
-        mask = mask if mask.is_contiguous() else mask.contiguous()
     if lengths is not None:
         _tensor("lengths", lengths)
         if lengths.dtype not in (torch.int64, torch.int32):
@@ -88,8 +103,50 @@ def prepare(
         if tuple(lengths.shape) != (batch,):
             raise ValueError(f"lengths: expected shape {(batch,)}, got {tuple(lengths.shape)}")
         _same_device("lengths", lengths, history)
+    shape = None
+    if query.dim() == 3:
+        shape = (batch, query.shape[1])
+        query = query.reshape(-1, dim)
+    elif batch > 1 and all(t is None or t.stride(0) == 0 for t in (history, mask, lengths)):
+        history = _Shared.apply(history)
+        mask, lengths = None if mask is None else mask[:1], None if lengths is None else lengths[:1]
+    users = history.shape[0]
+    offsets = None
+    if query.shape[0] != users or shape is not None:
+        each = query.shape[0] if shape is None else shape[1]
+        offsets = torch.arange(users + 1, device=history.device) * each
+    if mask is not None:
+        mask = mask if mask.is_contiguous() else mask.contiguous()
+    if lengths is not None:
         lengths = lengths.to(torch.int64).contiguous()
-    return Segments(unit_stride(history), None, lengths, None, mask)
+    return Segments(unit_stride(history), None, lengths, offsets, mask), unit_stride(query), shape
+
+
+def _autocast(t: Tensor) -> Tensor:
+    """What autocast does to the inputs of an operation that it runs in its own dtype."""
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return t
+    if not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(device))
+
+
+class _Shared(torch.autograd.Function):
+    """(B, L, D) with stride 0 over B -> (1, L, D).
+
+    Slicing would do, but its backward would write (B, L, D). This one gives a gradient of stride 0, whose sum over B,
+    which the backward of expand takes, is that of the one history.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, history: Tensor) -> Tensor:
+        ctx.batch = history.shape[0]
+        return history[:1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad / ctx.batch).expand(ctx.batch, -1, -1)
 
 
 def check_length_values(lengths: Tensor | None, limit: int) -> None:
@@ -159,12 +216,19 @@ def valid_positions(segments: Segments) -> Tensor | None:
     return within if segments.mask is None else within & segments.mask
 
 
+def user_of_candidates(segments: Segments, query: Tensor) -> Tensor:
+    """(candidates,) int64, the user that each candidate belongs to."""
+    assert segments.candidate_offsets is not None
+    candidates = torch.arange(query.shape[0], device=query.device)
+    return torch.searchsorted(segments.candidate_offsets[1:], candidates, right=True)
+
+
 def check_parameters(parameters: UnitParameters, spec: UnitSpec, history: Tensor) -> list[Tensor | None]:
-    """Check that the parameters are those of the spec, of the history's dtype and on its device.
+    """Check that the parameters are those of the spec, of the history's dtype (or wider) and on its device.
 
     Returns them flat, as ``infer`` takes them, since reading a module's tensor costs more than its check: a hidden
     layer's weight and bias, weight, bias, running mean and variance of its norm and of its gate's norm, and slope;
-    in the end the last Linear's weight and bias.
+    in the end the last Linear's weight and bias and the score's slope. Those of half types are given in float32.
     """
     if len(parameters.hidden) != len(spec.hidden_units):
         raise ValueError(
@@ -179,32 +243,50 @@ def check_parameters(parameters: UnitParameters, spec: UnitSpec, history: Tensor
         _slope(name, layer.slope, units, spec, history)
         norm = _norm(f"{name}.norm", layer.norm, units, spec.batch_norm, history)
         gate = _norm(f"{name}.gate_norm", layer.gate_norm, units, spec.activation == "dice_batch", history)
-        flat += [layer.weight, layer.bias, *norm, *gate, layer.slope]
+        flat += [layer.weight, layer.bias, *norm, *gate, slope_of(layer, spec)]
         inputs = units
     _parameter("parameters", "weight", parameters.weight, (1, inputs), history)
     _parameter("parameters", "bias", parameters.bias, (1,), history)
-    return [*flat, parameters.weight, parameters.bias]
-
-
-def check_batch_statistics(history: Tensor) -> None:
-    """A variance needs two rows: raise for one, before anything changes."""
-    rows = history.shape[0] * history.shape[1]
-    if rows == 1:
+    slope, wanted = parameters.score_slope, spec.score_activation == "prelu"
+    if (slope is not None) != wanted or (slope is not None and slope.numel() != 1):
         raise ValueError(
-            f"history: expected more than 1 row for batch statistics in training, got {tuple(history.shape)}"
+            f"parameters.score_slope: expected {'one element' if wanted else 'None'} for the score activation "
+            f"{spec.score_activation}, got {slope if slope is None else tuple(slope.shape)}"
+        )
+    if slope is not None:
+        _parameter("parameters", "score_slope", slope, slope.shape, history)
+    flat += [parameters.weight, parameters.bias, slope]
+    if history.dtype in HALF_TYPES:
+        flat = [None if t is None else t.to(torch.float32) for t in flat]
+    return flat
+
+
+def check_batch_statistics(segments: Segments, query: Tensor, valid_only: bool) -> None:
+    """A variance needs two rows: raise for one, before anything changes.
+
+    Which positions are valid is read on the CPU only: on other devices it would wait for them.
+    """
+    rows = query.shape[0] * segments.history.shape[1]
+    if valid_only and segments.history.device.type == "cpu":
+        valid = valid_positions(segments)
+        if valid is not None:
+            if segments.candidate_offsets is not None:
+                valid = valid[user_of_candidates(segments, query)]
+            rows = int(valid.sum())
+    if rows == 1:
+        what = "valid row" if valid_only else "row"
+        raise ValueError(
+            f"history: expected more than 1 {what} for batch statistics in training, got 1 of shape "
+            f"{tuple(segments.history.shape)}"
         )
 
 
-def check_one_process(parameters: UnitParameters) -> None:
-    """The kernels do not share their statistics between processes yet: raise rather than train on a part of them."""
-    for i, layer in enumerate(parameters.hidden):
-        for norm in (layer.norm, layer.gate_norm):
-            synced = isinstance(norm, nn.SyncBatchNorm) and norm.training
-            if synced and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                raise RuntimeError(
-                    f"parameters.hidden[{i}]: expected BatchNorm1d, got SyncBatchNorm in training with "
-                    f"{torch.distributed.get_world_size()} processes, which is not built yet; use backend='reference'"
-                )
+def check_dropout(parameters: UnitParameters) -> float:
+    """The dropout of the hidden layers, which has to be the same in all."""
+    found = {layer.dropout for layer in parameters.hidden}
+    if len(found) > 1:
+        raise ValueError(f"parameters.hidden: expected one dropout in all layers, got {sorted(found)}")
+    return found.pop() if found else 0.0
 
 
 def _tensor(name: str, value: object) -> None:
@@ -249,7 +331,7 @@ def _parameter(owner: str, field: str, t: Tensor | None, shape: tuple[int, ...],
         return
     if t.shape != shape:
         raise ValueError(f"{owner}.{field}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
-    if t.dtype != history.dtype:
+    if t.dtype != history.dtype and not (t.dtype == torch.float32 and history.dtype in HALF_TYPES):
         raise TypeError(f"{owner}.{field}: expected {history.dtype} as the history has, got {t.dtype}")
     if t.device != history.device:
         raise ValueError(f"{owner}.{field}: expected device {history.device} as the history has, got {t.device}")

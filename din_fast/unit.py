@@ -16,7 +16,7 @@ class FusedActivationUnit(nn.Module):
     Args:
         emb_dim: D, the size of an embedding.
         dims: widths of the hidden layers; default [36]. Copied.
-        activation: ``dice``, ``relu``, ``prelu``, ``sigmoid`` or ``identity``, as torch-rechub names them.
+        activation: ``dice``, ``relu``, ``leaky_relu``, ``prelu``, ``sigmoid``, ``silu``, ``tanh`` or ``identity``.
         use_softmax: normalise the scores over the valid positions.
         spec: another unit than torch-rechub's, see :func:`din_fast.preset`; together with dims, activation or
             use_softmax it raises.
@@ -52,8 +52,8 @@ class FusedActivationUnit(nn.Module):
             spec = preset(
                 "rechub",
                 None if dims is None else check_widths("dims", dims),
-                "dice" if activation is None else activation,
-                bool(use_softmax),
+                activation,
+                use_softmax,
             )
         elif not isinstance(spec, UnitSpec):
             raise TypeError(f"spec: expected a UnitSpec, got {type(spec).__name__}")
@@ -72,14 +72,18 @@ class FusedActivationUnit(nn.Module):
     ) -> Tensor:
         """history (B, L, D), target (B, D), mask (B, L) bool with True = valid, lengths (B,) -> (B, D).
 
-        The argument order is torch-rechub's, history first. Errors as in :func:`din_fast.activation_unit`.
+        Several candidates for each history: target (B, M, D) -> (B, M, D); or history (1, L, D) and target (M, D) ->
+        (M, D). With the pooling ``none`` the result is the weights, (B, L), (B, M, L) or (M, L).
+
+        The argument order is torch-rechub's, history first. Mind it with targets of three dimensions, where nothing can
+        tell them from a history: :func:`din_fast.activation_unit` is keyword-only. Errors as there.
         """
         parameters = self.attention.unit_parameters()
         result = functional.run(
             target, history, parameters, self.spec, mask, lengths, self.backend, "target", self.emb_dim
         )
         self.last_backend = result.backend
-        return result.pooled
+        return result.output(self.spec)
 
     def extra_repr(self) -> str:
         spec = self.spec

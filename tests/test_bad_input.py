@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from din_fast import FusedActivationUnit, HiddenLayer, UnitParameters, UnitSpec, activation_unit, preset
+from din_fast import FusedActivationUnit, HiddenLayer, UnitParameters, UnitSpec, activation_unit, preset, segments
 from tests.test_statistics import unchanged
 from tests.truth import fused_unit
 
@@ -30,7 +30,9 @@ BAD_TENSORS: list[tuple[str, type[Exception], dict[str, Callable[[], Any]]]] = [
     ("history", ValueError, {"history": lambda: torch.randn(B, 1, L, D)}),
     ("history", ValueError, {"history": lambda: torch.randn(D)}),
     ("target", ValueError, {"target": lambda: torch.randn(D)}),
-    ("target", ValueError, {"target": lambda: torch.randn(B, 1, D)}),
+    ("target", ValueError, {"target": lambda: torch.randn(B, 1, 1, D)}),
+    ("target", ValueError, {"target": lambda: torch.randn(B + 1, 2, D)}),
+    ("target", ValueError, {"target": lambda: torch.randn(B, 2, D + 1)}),
     ("target", ValueError, {"target": lambda: torch.randn(B, D + 1)}),
     ("target", ValueError, {"target": lambda: torch.randn(B + 1, D)}),
     ("target", ValueError, {"target": lambda: torch.randn(1, D)}),
@@ -124,20 +126,22 @@ def test_inputs_of_another_dtype_than_the_parameters(any_backend: str) -> None:
     unit = fused_unit(preset("rechub", [6]), D, any_backend).train()
     with unchanged(unit), pytest.raises(TypeError, match=r"expected .*float.* got .*float"):
         unit(torch.randn(B, L, D, dtype=torch.float64), torch.randn(B, D, dtype=torch.float64))
-    with unchanged(unit), pytest.raises(TypeError, match=r"weight: expected torch.float16 .* got torch.float32"):
-        unit(torch.randn(B, L, D).half(), torch.randn(B, D).half())
+    unit.half()
+    with unchanged(unit), pytest.raises(TypeError, match=r"weight: expected torch.float32 .* got torch.float16"):
+        unit(torch.randn(B, L, D), torch.randn(B, D))
 
 
+@pytest.mark.parametrize("dtype", segments.FLOATS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_dtype_that_the_backend_does_not_have(training: bool, backend: str) -> None:
-    dtype, has = {
-        "native": (torch.float16, "float32 or float64"),
-        "triton": (torch.float64, "float32, bfloat16 or float16"),
-    }[backend]
+def test_a_dtype_that_the_backend_does_not_have(training: bool, dtype: torch.dtype, backend: str) -> None:
     unit = fused_unit(preset("rechub", [6]), D, backend).to(dtype).train(training)
-    message = rf"^history: expected {has} on the {backend} backend, got {dtype}$"
+    inputs = torch.randn(B, L, D, dtype=dtype), torch.randn(B, D, dtype=dtype)
+    if backend == "native" or dtype != torch.float64:
+        assert unit(*inputs).dtype == dtype and unit.last_backend == backend
+        return
+    message = r"^history: expected float32, bfloat16 or float16 on the triton backend, got torch.float64$"
     with unchanged(unit), pytest.raises(TypeError, match=message):
-        unit(torch.randn(B, L, D, dtype=dtype), torch.randn(B, D, dtype=dtype))
+        unit(*inputs)
 
 
 def test_inputs_on_another_device_than_the_parameters(any_backend: str) -> None:
@@ -183,7 +187,7 @@ def test_the_constructor_names_what_is_wrong(name: str, error: type[Exception], 
 def parameters_of(**changes: Any) -> UnitParameters:
     """Those of one hidden layer of 6 units with batch Dice, some of them replaced."""
     unit = FusedActivationUnit(D, spec=preset("fuxictr", [6]))
-    (layer,), weight, bias = unit.attention.unit_parameters()
+    (layer,), weight, bias, _ = unit.attention.unit_parameters()
     top = {key: changes.pop(key) for key in ("hidden", "weight", "bias") if key in changes}
     fields = {key.removeprefix("layer_"): value for key, value in changes.items()}
     return UnitParameters((layer._replace(**fields),), weight, bias)._replace(**top)

@@ -8,9 +8,21 @@ import pytest
 import torch
 
 from din_fast import UnitSpec, preset, reference
-from tests.truth import SPECS, Case, assert_near, cases, check_parity, draw, fused_unit, randomise, step
+from tests.truth import MASKINGS, SPECS, Case, assert_near, cases, check_parity, draw, fused_unit, randomise, step
 
 CASES = cases()
+MANY = {
+    name: SPECS[name]
+    for name in (
+        "rechub-two-layers-softmax",
+        "fuxictr-two-layers",
+        "deepctr-softmax",
+        "valid-dice",
+        "scores-out",
+        "score-prelu",
+        "dropout-dice",
+    )
+}
 DTYPES = [torch.float32, torch.float64]
 
 
@@ -18,6 +30,22 @@ DTYPES = [torch.float32, torch.float64]
 @pytest.mark.parametrize("name", CASES)
 def test_every_unit(name: str, dtype: torch.dtype, backend: str, cpu: str) -> None:
     check_parity(CASES[name], backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("candidates", [1, 2, 7, 40])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_several_candidates_of_each_user(
+    batch: int, candidates: int, training: bool, dtype: torch.dtype, backend: str, cpu: str
+) -> None:
+    """Whole users to a part of the work, and users that are cut between parts, one after the other."""
+    names = list(MANY)
+    name = names[(batch + candidates + training) % len(names)]
+    length, dim = (33, 10) if batch * candidates < 100 else (9, 6)
+    masking = MASKINGS[(batch + candidates // 2) % len(MASKINGS)]
+    case = Case(MANY[name], (batch, length, dim), masking, training, candidates=candidates)
+    check_parity(case, backend, dtype)
 
 
 @pytest.mark.parametrize("training", [True, False])

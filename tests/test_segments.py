@@ -17,12 +17,11 @@ VIEWS = {
     "transposed (L, B, D)": lambda: torch.randn(L, B, D).transpose(0, 1),
     "columns of (B, L, 2D)": lambda: torch.randn(B, L, 2 * D)[..., D:],
     "every second row": lambda: torch.randn(B, 2 * L, D)[:, ::2],
-    "one history for all": lambda: torch.randn(1, L, D).expand(B, L, D),
 }
 
 
 def prepare(history: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> segments.Segments:
-    return segments.prepare(torch.randn(history.shape[0], history.shape[2]), history, mask, lengths)
+    return segments.prepare(torch.randn(history.shape[0], history.shape[2]), history, mask, lengths)[0]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -42,6 +41,27 @@ def test_a_dense_call_builds_no_index_tensor() -> None:
     found = prepare(torch.randn(B, L, D))
     assert (found.starts, found.lengths, found.candidate_offsets, found.mask) == (None, None, None, None)
     assert segments.valid_positions(found) is None
+
+
+def test_one_history_expanded_is_one_user_of_several_candidates() -> None:
+    history = torch.randn(1, L, D).expand(B, L, D)
+    found, query, shape = segments.prepare(torch.randn(B, D), history, None, torch.tensor([2]).expand(B))
+    assert found.history.shape == (1, L, D) and found.history.data_ptr() == history.data_ptr()
+    assert found.candidate_offsets is not None and found.candidate_offsets.tolist() == [0, B]
+    assert found.lengths is not None and found.lengths.tolist() == [2] and query.shape == (B, D) and shape is None
+
+
+def test_one_history_under_different_masks_is_not_shared() -> None:
+    history = torch.randn(1, L, D).expand(B, L, D)
+    found = prepare(history, None, torch.tensor([1, 2, 3]))
+    assert found.history.shape == (B, L, D) and found.candidate_offsets is None
+
+
+def test_candidates_of_each_user_are_a_group() -> None:
+    found, query, shape = segments.prepare(torch.randn(B, 7, D), torch.randn(B, L, D), None, None)
+    assert found.candidate_offsets is not None and found.candidate_offsets.tolist() == [0, 7, 14, 21]
+    assert query.shape == (3 * 7, D) and shape == (B, 7)
+    assert segments.user_of_candidates(found, query).tolist() == [0] * 7 + [1] * 7 + [2] * 7
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

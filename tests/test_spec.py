@@ -39,6 +39,41 @@ def test_blog() -> None:
     assert spec.score_activation == "sigmoid" and spec.pooling == "mean_valid"
 
 
+def test_recbole() -> None:
+    spec = preset("recbole")
+    assert spec.hidden_units == (256, 256, 256) and spec.activation == "sigmoid" and spec.scale_scores
+    assert not spec.softmax and spec.empty == "nan" and not spec.batch_norm
+    assert preset("recbole", activation="dice").activation == "silu"  # its Dice does not normalise, its alpha is 0
+
+
+def test_easyrec() -> None:
+    spec = preset("easyrec", [32, 8], "dice")
+    assert spec.softmax and spec.empty == "uniform" and spec.hidden_bias and spec.activation == "dice_batch"
+    assert (spec.dice_eps, spec.dice_momentum, spec.dice_affine) == (1e-5, 0.1, False) and spec.per_channel_slope
+    assert preset("easyrec").activation == "relu" and not preset("easyrec", batch_norm=True).hidden_bias
+    assert not preset("easyrec", activation="prelu").per_channel_slope
+
+
+def test_recstudio() -> None:
+    spec = preset("recstudio")
+    assert spec.blocks == ("q", "q", "q*k", "q-k") and spec.hidden_units == (128, 64) and spec.scale_scores
+    assert (spec.activation, spec.dice_eps, spec.dice_affine) == ("dice_batch", 1e-8, True) and not spec.softmax
+
+
+def test_rechorus_and_the_paper() -> None:
+    rechorus, paper = preset("rechorus"), preset("paper")
+    assert rechorus.activation == paper.activation == "sigmoid" and rechorus.scale_scores and paper.scale_scores
+    assert rechorus.hidden_units == (64,) and not rechorus.softmax
+    assert paper.hidden_units == (80, 40) and paper.softmax and paper.empty == "uniform"
+
+
+def test_sparrow() -> None:
+    spec = preset("sparrow")
+    assert spec.blocks == ("k-q", "k", "q", "q*k") and spec.hidden_units == (32,)
+    assert spec.activation == "prelu" and spec.per_channel_slope and spec.prelu_init == 0
+    assert spec.score_activation == "sigmoid" and not spec.softmax
+
+
 def test_a_spec_is_a_value() -> None:
     units = [8, 4]
     spec = preset("fuxictr", units)
@@ -66,7 +101,9 @@ def test_a_spec_is_a_value() -> None:
         ("score_activation", "tanh", ValueError),
         ("pooling", "max", ValueError),
         ("empty", "ones", ValueError),
-        ("dropout", 0.5, ValueError),
+        ("batch_stats", "some", ValueError),
+        ("dropout", 1.0, ValueError),
+        ("dropout", -0.1, ValueError),
     ],
 )
 def test_a_field_that_cannot_be_is_refused_by_name(name: str, value: object, error: type[Exception]) -> None:
@@ -85,9 +122,13 @@ def test_softmax_goes_with_plain_scores_only() -> None:
         ({"framework": "tensorflow"}, "framework: expected one of"),
         ({"framework": "rechub", "activation": "swish"}, "activation: expected one of"),
         ({"framework": "deepctr", "batch_norm": True}, "batch_norm: expected False"),
-        ({"framework": "blog", "softmax": True}, "softmax=True"),
-        ({"framework": "blog", "activation": "relu"}, "activation='relu'"),
-        ({"framework": "blog", "batch_norm": True}, "batch_norm=True"),
+        ({"framework": "blog", "softmax": True}, "softmax: expected False"),
+        ({"framework": "paper", "softmax": False}, "softmax: expected True"),
+        ({"framework": "easyrec", "softmax": False}, "softmax: expected True"),
+        ({"framework": "blog", "activation": "relu"}, "activation: expected 'prelu', the only one of the preset blog"),
+        ({"framework": "rechorus", "activation": "dice"}, "activation: expected 'sigmoid'"),
+        ({"framework": "blog", "batch_norm": True}, "batch_norm: expected False"),
+        ({"framework": "rechub", "batch_norm": False}, "batch_norm: expected True"),
     ],
     ids=str,
 )

@@ -143,15 +143,6 @@ def test_layers_are_read_at_each_call(backend: str) -> None:
         assert torch.equal(call(converted, INPUTS), call(right, INPUTS))
 
 
-def test_synced_statistics_of_several_processes_raise(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    unit = nn.SyncBatchNorm.convert_sync_batchnorm(fused_unit(preset("fuxictr", [8]), D, backend)).train()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="SyncBatchNorm in training with 2 processes"):
-        call(unit, INPUTS)
-    call(unit.eval(), INPUTS)
-
-
 def test_repr_says_what_it_computes() -> None:
     text = repr(FusedActivationUnit(D, [8, 4], "prelu", True, backend="reference"))
     for part in ("emb_dim=6", "hidden_units=[8, 4]", "activation=prelu", "softmax=True", "pooling=sum", "reference"):
@@ -236,14 +227,6 @@ def test_auto_falls_back_with_one_warning_that_says_why(monkeypatch: pytest.Monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ran(FusedActivationUnit(D)) == "reference"
-
-
-def test_auto_falls_back_for_a_dtype_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_told", set())
-    unit = FusedActivationUnit(D).half()
-    with pytest.warns(RuntimeWarning, match="reference: .*float16"):
-        out = unit(INPUTS.history.half(), INPUTS.target.half())
-    assert out.dtype == torch.float16 and unit.last_backend == "reference"
 
 
 def test_auto_falls_back_on_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,35 @@ SPECS: dict[str, UnitSpec] = {
     "three-blocks": UnitSpec((14,), blocks=("k", "q*k", "q"), activation="dice_row", batch_norm=True),
     "no-raw-history": UnitSpec((14,), blocks=("q", "q", "q*k", "q-k"), activation="dice_batch"),
     "no-hidden-layer-softmax": UnitSpec((), activation="identity", softmax=True, empty="uniform"),
+    "tanh": UnitSpec((12, 5), activation="tanh"),
+    "norm-tanh-softmax": UnitSpec((9, 14), activation="tanh", batch_norm=True, softmax=True),
+    "silu": UnitSpec((12, 7), activation="silu", blocks=("k-q", "q*k", "k", "q")),
+    "norm-silu": UnitSpec((8, 17, 3), activation="silu", batch_norm=True, blocks=("k-q", "q", "q*k")),
+    "leaky-relu": UnitSpec((10, 6), activation="leaky_relu", negative_slope=0.2, hidden_bias=False),
+    "norm-leaky-relu-mean": UnitSpec((18,), activation="leaky_relu", batch_norm=True, pooling="mean"),
+    "score-prelu": UnitSpec((9,), activation="prelu", score_activation="prelu", scale_scores=True),
+    "score-prelu-dice-mean": UnitSpec((20, 4), activation="dice_batch", score_activation="prelu", pooling="mean_valid"),
+    "score-prelu-no-hidden-layer": UnitSpec((), activation="identity", score_activation="prelu", scale_scores=True),
+    "scores-out": UnitSpec((16, 5), activation="dice_batch", pooling="none"),
+    "scores-out-softmax": UnitSpec((11,), activation="relu", softmax=True, pooling="none", empty="uniform"),
+    "scores-out-prelu": UnitSpec((7,), activation="prelu", score_activation="prelu", pooling="none"),
+    "scores-out-sigmoid": UnitSpec((7,), score_activation="sigmoid", pooling="none", scale_scores=True),
+    "recbole": preset("recbole", [16, 8, 4]),
+    "recbole-dice": preset("recbole", [13], "dice"),
+    "easyrec-norm-dice": preset("easyrec", [32, 8], "dice", batch_norm=True),
+    "easyrec-leaky-relu": preset("easyrec", [12], "leaky_relu"),
+    "recstudio": preset("recstudio", [16, 7]),
+    "rechorus": preset("rechorus", [33]),
+    "paper": preset("paper"),
+    "sparrow": preset("sparrow"),
+    "valid-dice": UnitSpec((18, 7), activation="dice_batch", dice_affine=True, batch_stats="valid"),
+    "valid-norm-row-dice-softmax": UnitSpec((15,), batch_norm=True, softmax=True, batch_stats="valid", empty="uniform"),
+    "valid-norm-and-dice": UnitSpec((9, 16, 5), activation="dice_batch", batch_norm=True, batch_stats="valid"),
+    "valid-norm-silu": UnitSpec((10,), activation="silu", batch_norm=True, batch_stats="valid", pooling="mean_valid"),
+    "dropout-relu": UnitSpec((20, 9), activation="relu", dropout=0.4),
+    "dropout-row-dice": UnitSpec((21,), batch_norm=True, dropout=0.2, softmax=True),
+    "dropout-dice": UnitSpec((16, 9, 6), activation="dice_batch", dice_affine=True, dropout=0.3),
+    "dropout-prelu-valid": UnitSpec((12, 8), activation="prelu", batch_norm=True, dropout=0.1, batch_stats="valid"),
 }
 SHAPES = (
     (7, 13, 10),
@@ -84,6 +113,7 @@ class Case:
     masking: str = "none"
     training: bool = True
     scale: float = 1.0  # standard deviation of query and history
+    candidates: int | None = None  # M, where each history has several
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape))}-{self.masking}-{'train' if self.training else 'eval'}"
@@ -141,8 +171,10 @@ def draw(case: Case, seed: int, dtype: torch.dtype) -> Inputs:
         if batch > 1:
             lengths[-1] = 0
     history = case.scale * torch.randn(batch, length, dim, generator=g, dtype=dtype)
-    target = case.scale * torch.randn(batch, dim, generator=g, dtype=dtype)
-    return Inputs(history, target, mask, lengths, torch.randn(batch, dim, generator=g, dtype=dtype))
+    shape = (batch,) if case.candidates is None else (batch, case.candidates)
+    target = case.scale * torch.randn(*shape, dim, generator=g, dtype=dtype)
+    columns = length if case.spec.pooling == "none" else dim
+    return Inputs(history, target, mask, lengths, torch.randn(*shape, columns, generator=g, dtype=dtype))
 
 
 @torch.no_grad()
@@ -174,12 +206,21 @@ def fused_unit(spec: UnitSpec, dim: int, backend: str, like: nn.Module | None = 
 
 
 def call(unit: nn.Module, inputs: Inputs) -> Tensor:
-    """The forward of either unit."""
+    """The forward of either unit, both with the same random numbers; the plain one has its histories expanded."""
+    assert isinstance(unit, FusedActivationUnit | reference.ActivationUnit)
+    if unit.spec.dropout:
+        torch.manual_seed(7)
     if isinstance(unit, FusedActivationUnit):
         out = unit(inputs.history, inputs.target, mask=inputs.mask, lengths=inputs.lengths)
         assert unit.last_backend == unit.backend
-    else:
+    elif inputs.target.dim() == 2:
         out = unit(inputs.history, inputs.target, inputs.valid)
+    else:
+        shape = inputs.target.shape[:2]
+        history = inputs.history.repeat_interleave(shape[1], dim=0)
+        valid = None if inputs.valid is None else inputs.valid.repeat_interleave(shape[1], dim=0)
+        out = unit(history, inputs.target.flatten(0, 1), valid)
+        out = out.view(*shape, out.shape[-1])
     assert isinstance(out, Tensor)
     return out
 

@@ -45,6 +45,7 @@ template <class T, int A, int M> struct HiddenUnit {
     const V n = normed(z);
     if constexpr (A == kRelu) return n < V{} ? V{} : n;  // NaN stays NaN
     if constexpr (A == kSigmoid) return sigmoid_<T>(n * T(-kLog2e));
+    if constexpr (A == kTanh) return tanh_<T>(n);
     if constexpr (A == kPrelu) return n > V{} ? n : n * slope;
     if constexpr (A == kDiceRow || A == kDiceBatch) return n * (gate(z, mean, inverse) * (T(1) - slope) + slope);
     return n;
@@ -119,9 +120,23 @@ static void score(Ahead& ahead, const Params<T>& p, int vectors, const T* z, T* 
   for (; v < vectors; v++) score_vectors<T, A, M, 1>(ahead, p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
 }
 
+// Zero in the lanes that hold no position that counts.
+template <class T> struct Counted {
+  const T* each;
+  Vec<T> tail;
+  int last;
+  DIN_FAST_INLINE Counted(const T* counted, int n, int vectors)
+      : each(counted), tail(first_lanes<T>(n - (vectors - 1) * kLanes<T>)), last(vectors - 1) {}
+  DIN_FAST_INLINE Vec<T> only(int v, Vec<T> x) const {
+    if (each) return where_one<T>(load(each + v * kLanes<T>), x);
+    return v == last ? where_one<T>(tail, x) : x;
+  }
+};
+
 // What the backward of an activation reads and writes; null pointers are work that is not wanted.
 template <class T> struct ActivationBackward {
   int vectors, n;        // n positions in them
+  const T* counted;      // [v][lane] 1 where a position counts, else 0, or null where all n do
   const T* z;
   const T* da;           // [v][h] gradient of the activation, or, for the last layer, [v] gradient of the score
   const T* score_weight; // last layer: da = score_weight[h] * d score
@@ -147,7 +162,7 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
   constexpr bool kSecondSweep = A == kDiceRow;
   const int H = p.units, vectors = b.vectors;
   const int64_t stride = (int64_t)H * W;
-  const Vec<T> tail = first_lanes<T>(b.n - (vectors - 1) * W);
+  const Counted<T> counted(b.counted, b.n, vectors);
   T *rows = b.scratch, *row_dx = rows + 2 * vectors * W;  // row Dice: row_dx [h][v], then sum dx and sum dx x [v]
   T *row_sum = row_dx + (int64_t)H * vectors * W, *row_dot = row_sum + vectors * W;
   if constexpr (A == kDiceRow) {
@@ -188,6 +203,9 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
         } else if constexpr (A == kSigmoid) {
           value = sigmoid_<T>(n * T(-kLog2e));
           dn = da * value * (T(1) - value);
+        } else if constexpr (A == kTanh) {
+          value = tanh_<T>(n);
+          dn = da * (T(1) - value * value);
         } else if constexpr (A == kPrelu) {
           value = n > Vec<T>{} ? n : n * slope;
           dn = n > Vec<T>{} ? da : da * slope;
@@ -211,8 +229,7 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
         if (b.a) store(b.a + at, value);
       if constexpr (kWrite || kSecondSweep) {
         if constexpr (Last && !kSecondSweep) {
-          dz -= zc * e1 + e0;
-          if (v == vectors - 1) dz = where_one<T>(tail, dz);
+          dz = counted.only(v, dz - (zc * e1 + e0));
         }
         s_dz += dz;
         store(b.dz + at, dz);
@@ -250,8 +267,7 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
           dn *= unit.norm_scale;
         }
         if constexpr (Last) {
-          dn -= zc * e1 + e0;
-          if (v == vectors - 1) dn = where_one<T>(tail, dn);
+          dn = counted.only(v, dn - (zc * e1 + e0));
         }
         s_dz += dn;
         store(b.dz + at, dn);
@@ -286,6 +302,7 @@ template <class T> static const ActivationTable<T>& activation_table(int activat
   switch (activation) {
     case kRelu: return ActivationModes<T, kRelu>::table[mode];
     case kSigmoid: return ActivationModes<T, kSigmoid>::table[mode];
+    case kTanh: return ActivationModes<T, kTanh>::table[mode];
     case kPrelu: return ActivationModes<T, kPrelu>::table[mode];
     case kDiceRow: return ActivationModes<T, kDiceRow>::table[mode];
     case kDiceBatch: return ActivationModes<T, kDiceBatch>::table[mode];

@@ -94,6 +94,27 @@ template <class T> DIN_FAST_INLINE Vec<T> exp2_(Vec<T> y) {
 }
 // sigmoid(x) where y = -x log2(e)
 template <class T> DIN_FAST_INLINE Vec<T> sigmoid_(Vec<T> y) { return T(1) / (exp2_<T>(y) + T(1)); }
+// To a few roundings relative to tanh itself: 1 - 2 / (e^2|x| + 1) loses digits where x is small, a polynomial takes over there
+// (S. Moshier's Cephes, tanhf.c and tanh.c).
+DIN_FAST_INLINE Vec<float> tanh_small(Vec<float> x, Vec<float> s) {
+  Vec<float> p = splat(-5.70498872745e-3f);
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  return p * s * x + x;
+}
+DIN_FAST_INLINE Vec<double> tanh_small(Vec<double> x, Vec<double> s) {
+  const Vec<double> p = (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
+  const Vec<double> q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
+  return p / q * s * x + x;
+}
+template <class T> DIN_FAST_INLINE Vec<T> tanh_(Vec<T> x) {
+  const Vec<T> size = x < Vec<T>{} ? -x : x;
+  const Vec<T> rest = T(1) - T(2) / (exp2_<T>(size * T(2 * kLog2e)) + T(1)), large = x < Vec<T>{} ? -rest : rest;
+  const Vec<T> small = tanh_small(x, x * x);
+  return size < splat<T>(T(0.625)) ? small : large;
+}
 template <class T> DIN_FAST_INLINE Vec<T> sqrt_(Vec<T> v) {
   for (int i = 0; i < kLanes<T>; i++) v[i] = sizeof(T) == 4 ? (T)__builtin_sqrtf((float)v[i]) : (T)__builtin_sqrt((double)v[i]);
   return v;
@@ -120,3 +141,56 @@ template <class T, int B> DIN_FAST_INLINE void swap_bits(Vec<T>* r) {
   }
 }
 template <class T> DIN_FAST_INLINE void transpose(Vec<T>* r) { swap_bits<T, 1>(r); }
+
+// ---- half types, in plain integer arithmetic: of all the work on an element of a history its conversion is the least
+DIN_FAST_INLINE float from_bits(uint32_t b) { float f; __builtin_memcpy(&f, &b, sizeof f); return f; }
+DIN_FAST_INLINE uint32_t to_bits(float f) { uint32_t b; __builtin_memcpy(&b, &f, sizeof b); return b; }
+
+DIN_FAST_INLINE float from_bfloat16(uint16_t h) { return from_bits((uint32_t)h << 16); }
+DIN_FAST_INLINE uint16_t to_bfloat16(float f) {  // to nearest, ties to even
+  const uint32_t b = to_bits(f), rounded = (b + 0x7fffu + ((b >> 16) & 1)) >> 16;
+  return (uint16_t)(f == f ? rounded : 0x7fc0u);
+}
+DIN_FAST_INLINE float from_float16(uint16_t h) {  // the product by 2^112 puts the exponent right, of subnormals as well
+  const uint32_t magnitude = h & 0x7fffu;
+  const uint32_t scaled = to_bits(from_bits(magnitude << 13) * 5.192296858534828e+33f);
+  return from_bits((magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : scaled) | ((uint32_t)(h & 0x8000u) << 16));
+}
+DIN_FAST_INLINE uint16_t to_float16(float f) {
+  const uint32_t b = to_bits(f), magnitude = b & 0x7fffffffu;
+  // below 2^-14 the unit of the last place is 2^-24: adding 1/2 rounds to it
+  const uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
+  h = magnitude >= 0x477ff000u ? 0x7c00u : h;  // beyond the largest, with rounding
+  h = magnitude > 0x7f800000u ? 0x7e00u : h;
+  return (uint16_t)(h | (b >> 16 & 0x8000u));
+}
+constexpr int64_t element_size(Storage storage, int64_t wide) { return storage == kWide ? wide : 2; }
+
+// n elements at element `at` of a stored tensor
+template <class T> void read_row(Storage storage, const void* from, int64_t at, int64_t n, T* to) {
+  const uint16_t* half = static_cast<const uint16_t*>(from) + at;
+  if (storage == kBfloat16)
+    for (int64_t i = 0; i < n; i++) to[i] = (T)from_bfloat16(half[i]);
+  else if (storage == kFloat16)
+    for (int64_t i = 0; i < n; i++) to[i] = (T)from_float16(half[i]);
+  else
+    __builtin_memcpy(to, static_cast<const T*>(from) + at, sizeof(T) * n);
+}
+template <class T> void write_row(Storage storage, const T* from, int64_t n, void* to, int64_t at) {
+  uint16_t* half = static_cast<uint16_t*>(to) + at;
+  if (storage == kBfloat16)
+    for (int64_t i = 0; i < n; i++) half[i] = to_bfloat16((float)from[i]);
+  else if (storage == kFloat16)
+    for (int64_t i = 0; i < n; i++) half[i] = to_float16((float)from[i]);
+  else
+    __builtin_memcpy(static_cast<T*>(to) + at, from, sizeof(T) * n);
+}
+
+// ---- dropout's random numbers: din_fast/reference.py, dropout_factors, says what they are
+template <class V> DIN_FAST_INLINE V mix(V x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}

@@ -1,6 +1,9 @@
 // The CPU kernel against a naive unit in double, for every instruction set that runs here, without torch or Python.
 //
-//   kernel_test [avx512|avx2|portable]     one instruction set, or all that this processor has
+//   kernel_test [avx512|avx2|portable [ROOM]]     one instruction set, or all that this processor has
+//
+// ROOM: bytes between the end of every array and the page that cannot be read, default 0; for an emulator that reads more
+// than an instruction's operand.
 //
 // Every case also checks: the same bits in reverse order of the chunks, on threads, after a call full of NaN, and when
 // only some gradients are asked for; no access beyond an array; every result written; no number of a pad read.
@@ -10,6 +13,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <thread>
@@ -21,15 +25,17 @@
 template <class T> constexpr double kAllowed = sizeof(T) == 4 ? 300 : 1000;  // the truth is a double too
 
 // ---------------------------------------------------------------- the kernel
-// Arrays of NaN that end where an unreadable page begins; the bytes in front of them have to stay as they are.
+// Arrays of NaN that end `room` bytes before an unreadable page; the bytes in front of and behind them have to stay as they
+// are.
 class Memory {
-  struct Piece { char* map; size_t pages; char* array; };
+  struct Piece { char* map; size_t pages; char *array, *end; };
   std::vector<Piece> pieces;
   static std::map<size_t, std::vector<char*>> unused;  // by pages
   static constexpr size_t kFront = 128;
   static constexpr char kGuard = 0x5a;
 
  public:
+  inline static size_t room = 0;
   Memory() = default;
   Memory(const Memory&) = delete;
   ~Memory() {
@@ -37,17 +43,17 @@ class Memory {
   }
   template <class T> T* take(size_t n) {
     static const size_t page = sysconf(_SC_PAGESIZE);
-    const size_t bytes = n * sizeof(T), pages = (bytes + kFront + page - 1) / page;
+    const size_t bytes = n * sizeof(T), pages = (kFront + bytes + room + page - 1) / page;
     std::vector<char*>& fit = unused[pages];
     if (fit.empty()) {
       void* map = mmap(nullptr, (pages + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (map == MAP_FAILED || mprotect((char*)map + pages * page, page, PROT_NONE)) perror("mmap"), exit(1);
       fit.push_back((char*)map);
     }
-    char *map = fit.back(), *array = map + pages * page - bytes;
+    char *map = fit.back(), *end = map + pages * page - room, *array = end - bytes;
     fit.pop_back();
-    pieces.push_back({map, pages, array});
-    memset(array - kFront, kGuard, kFront), memset(array, 0xff, bytes);
+    pieces.push_back({map, pages, array, end});
+    memset(array - kFront, kGuard, kFront), memset(array, 0xff, bytes), memset(end, kGuard, room);
     return (T*)array;
   }
   template <class T, class From> T* copy(const From& from) {
@@ -64,7 +70,9 @@ class Memory {
   }
   bool intact() const {
     for (const Piece& p : pieces)
-      if (std::count(p.array - kFront, p.array, kGuard) != (std::ptrdiff_t)kFront) return false;
+      if (std::count(p.array - kFront, p.array, kGuard) + std::count(p.end, p.end + room, kGuard) !=
+          (std::ptrdiff_t)(kFront + room))
+        return false;
     return true;
   }
 };
@@ -93,7 +101,7 @@ template <class T> class Run {
     const int gap = c.strided ? 3 : 0;
     u.history = memory.spread<T>(p.in.at("history"), c.dim, gap);
     u.query = memory.spread<T>(p.in.at("query"), c.dim, gap);
-    u.users = c.users, u.length = c.length, u.dim = c.dim;
+    u.users = u.candidates = c.users, u.length = c.length, u.dim = c.dim;
     u.row_stride = u.query_stride = c.dim + gap;
     u.user_stride = c.length * u.row_stride;
     u.pads_are_input = c.batch != 0;
@@ -157,7 +165,7 @@ template <class T> class Run {
   void forward() {
     ForwardOut<T> out{memory.take<T>((int64_t)c.users * c.dim), memory.take<T>(p.rows)};
     kernels.forward(u, out, parallel);
-    put("pooled", out.pooled, (int64_t)c.users * c.dim), put("scores", out.scores, p.rows);
+    put("pooled", static_cast<T*>(out.pooled), (int64_t)c.users * c.dim), put("scores", out.scores, p.rows);
     scores = out.scores;
   }
   const T* scores = nullptr;
@@ -333,7 +341,7 @@ template <class T> bool passes(const Problem& p, const Truth& truth, const char*
   for (const char* key : {"history", "query"}) std::fill(nan.in[key].begin(), nan.in[key].end(), kNaN);
   Run<T>(nan, kernels, in_order, kAll);
   again("a call full of NaN before, with gradients of query only,", in_order, kQuery);
-  if (!intact) wrong.push_back("wrote in front of an array");
+  if (!intact) wrong.push_back("wrote in front of or behind an array");
   for (const std::string& line : wrong) printf("FAIL %s: %s\n", running.c_str(), line.c_str());
   return wrong.empty();
 }
@@ -357,8 +365,10 @@ static void on_signal(int number) {
 
 int main(int argc, char** argv) {
   const std::map<std::string, const InstructionSet*> known = {{"avx512", avx512()}, {"avx2", avx2()}, {"portable", portable()}};
-  if (argc > 2 || (argc == 2 && !known.count(argv[1]))) {
-    fprintf(stderr, "usage: kernel_test [avx512|avx2|portable]\n");
+  char* end = nullptr;
+  if (argc > 2) Memory::room = strtoul(argv[2], &end, 10);
+  if (argc > 3 || (argc > 1 && !known.count(argv[1])) || (end && *end)) {
+    fprintf(stderr, "usage: kernel_test [avx512|avx2|portable [ROOM]]\n");
     return 2;
   }
   std::vector<const InstructionSet*> sets;
