@@ -842,13 +842,9 @@ template <class T> struct Backward {
     } else if (u.score_activation == kScoreSigmoid) {
       for (int64_t l = 0; l < seg.rows; l++) ds[l] *= p[l] * (T(1) - p[l]);
     }
-    if (seg.no_softmax_over) {
-      const T none = u.empty == kNan && !valid_only ? T(__builtin_nan("")) : T(0);
-      for (int64_t l = 0; l < seg.rows; l++) ds[l] = none;
-    } else if (seg.valid < seg.rows) {
+    if (seg.valid < seg.rows)
       for (int64_t l = 0; l < seg.rows; l++)
         if (!seg.is_valid(l)) ds[l] = 0;
-    }
     for (int64_t l = seg.rows; l < panel_rows(seg.total); l++) ds[l] = 0;
     if (part.d_score_bias) {
       double sum = 0;

@@ -43,6 +43,10 @@ static Var sigmoid(Var a) {
   const double s = 1 / (1 + std::exp(-at(a)));
   return apply(s, a, s * (1 - s));
 }
+static Var tanh(Var a) {
+  const double t = std::tanh(at(a));
+  return apply(t, a, 1 - t * t);
+}
 // A sum of products; no other node may be made until it is done.
 struct Sum {
   double total = 0;
@@ -158,6 +162,7 @@ static void naive_activation(const Problem& p, int i, const Leaves& in, Rows& ro
         truth.nearest_kink = std::fmin(truth.nearest_kink, std::fabs(v));
       if (c.activation == kRelu && v <= 0) n[h] = tape.node(0);
       if (c.activation == kSigmoid) n[h] = sigmoid(n[h]);
+      if (c.activation == kTanh) n[h] = tanh(n[h]);
       if (c.activation == kPrelu && v <= 0) n[h] = mul(n[h], slope + h);
       if (c.activation == kDiceRow || c.activation == kDiceBatch) {  // p n + (1 - p) alpha n
         const Var gate = sigmoid(x[r][h]), shut = mul(n[h], slope + h);
@@ -170,7 +175,7 @@ static void naive_activation(const Problem& p, int i, const Leaves& in, Rows& ro
 // Scores of a user's valid positions -> their weights
 static void naive_weights(const Problem& p, int user, std::vector<Var>& s) {
   if (p.over_nothing(user))
-    for (Var& v : s) v = p.c.empty == kNan ? apply(kNaN, v, kNaN) : tape.node(1.0 / p.total(user));
+    for (Var& v : s) v = tape.node(p.c.empty == kNan ? kNaN : 1.0 / p.total(user));
   else if (p.c.softmax) {
     double most = -INFINITY;
     for (Var v : s) most = std::fmax(most, at(v));

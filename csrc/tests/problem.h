@@ -52,7 +52,7 @@ struct Case {
     return n * users * length;
   }
   std::string text() const {
-    static const char* activations[] = {"identity", "relu", "sigmoid", "prelu", "dice_row", "dice_batch"};
+    static const char* activations[] = {"identity", "relu", "sigmoid", "tanh", "prelu", "dice_row", "dice_batch"};
     static const char *modes[] = {"plain", "centred", "full"};
     static const char* pad_kinds[] = {"", " lengths", " mask", " mask+lengths", " ragged"};
     static const char *empties[] = {"zeros", "uniform", "nan"}, *poolings[] = {"sum", "mean", "mean_valid"};
@@ -70,7 +70,7 @@ struct Case {
 static std::vector<Case> all_cases() {
   std::vector<Case> cases;
   Random r{1};
-  for (int i = 0; i < 18 * 6; i++) {
+  for (int i = 0; i < 3 * kActivations * 6; i++) {
     Case c = {};
     c.activation = i % kActivations;
     c.mode = i / kActivations % 3;

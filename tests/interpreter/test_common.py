@@ -15,6 +15,7 @@ from tests.test_bad_input import (  # noqa: F401
     test_the_modules_own_size_is_named_for_inputs_of_another,
 )
 from tests.test_ops import (  # noqa: F401
+    test_any_small_case,
     test_any_subset_of_the_gradients_has_the_same_bits,
     test_double_backward_raises,
     test_gradients_accumulate,
