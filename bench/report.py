@@ -153,8 +153,8 @@ def rows(case: Case, timings: Timings, backend: str) -> list[Row]:
             versions=told,
             timestamp=now,
         )
-        for mode in MODES
-        for provider, t in timings[mode].items()
+        for mode, found in timings.items()
+        for provider, t in found.items()
     ]
 
 

@@ -83,7 +83,7 @@ def prepare(
         raise ValueError(f"{query_name}: expected shape {expected} to go with the history, got {tuple(query.shape)}")
     if dim < 1:
         raise ValueError(f"history: expected dim of at least 1, got shape {tuple(history.shape)}")
-    query, history = _autocast(query), _autocast(history)
+    history, query = _autocast(history, query)
     if history.dtype not in FLOATS:
         raise TypeError(f"history: expected float32, float64, bfloat16 or float16, got {history.dtype}")
     if query.dtype != history.dtype:
@@ -122,14 +122,17 @@ def prepare(
     return Segments(unit_stride(history), None, lengths, offsets, mask), unit_stride(query), shape
 
 
-def _autocast(t: Tensor) -> Tensor:
+def _autocast(history: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """What autocast does to the inputs of an operation that it runs in its own dtype."""
-    device = t.device.type
+    device = history.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return t
-    if not t.is_floating_point() or t.dtype == torch.float64:
-        return t
-    return t.to(torch.get_autocast_dtype(device))
+        return history, query
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(history), cast(query)
 
 
 class _Shared(torch.autograd.Function):

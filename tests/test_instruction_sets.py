@@ -1,6 +1,7 @@
 """The kernel without torch: csrc/tests/kernel_test.cpp on every instruction set, and what the object files hold.
 
-Where the processor has no AVX-512, that copy of the kernel runs on an emulated one (tests/emulate_avx512.sh).
+AVX2 and portable also run on emulated processors that have nothing newer (QEMU), there with the library in Python too.
+Where the processor has no AVX-512, that copy of the kernel runs on an emulated one (Bochs, tests/emulate_avx512.sh).
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +23,13 @@ from setup import FLAGS, compiler
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ("avx512", "avx2", "portable")
 LACKS_IT = 3  # kernel_test's exit status where the processor has no such instruction set
+
+# Processors for QEMU. What it cannot emulate of a Haswell is left out, for it warns of that at every thread.
+PROCESSORS = {
+    "haswell": "Haswell,-pcid,-x2apic,-tsc-deadline,-invpcid,-hle,-rtm",  # AVX2 and FMA, no AVX-512
+    "nehalem": "Nehalem",  # SSE4.2, no AVX
+}
+ROOM = "32"  # QEMU reads 16 bytes for the operand of a scalar FMA, and all 32 of a masked load
 
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
 
@@ -59,12 +69,100 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def qemu() -> str:
+    """QEMU for programs of x86-64; without it the test is skipped, or fails where DIN_FAST_REQUIRE_QEMU=1."""
+    found = shutil.which("qemu-x86_64")
+    version = re.search(r"version (\d+)\.(\d+)", run(found, "--version").stdout) if found else None
+    if found and version and tuple(map(int, version.groups())) >= (7, 2):
+        return found
+    missing = "no qemu-x86_64 of version 7.2 or newer, older ones have no AVX; on Debian: apt-get install qemu-user"
+    if os.environ.get("DIN_FAST_REQUIRE_QEMU") == "1":
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_against_the_naive_unit(built: Path, name: str) -> None:
     done = run(built / "kernel_test", name, ok=(0, LACKS_IT))
     if done.returncode == LACKS_IT:
         pytest.skip(done.stderr.strip())
     assert done.stdout.endswith(" passed, 0 failed\n")
+
+
+@x86
+@pytest.mark.parametrize(
+    ("processor", "instruction", "status"),
+    [
+        ("haswell", "vpxor %ymm0, %ymm0, %ymm0", 0),
+        ("haswell", "vpxord %zmm0, %zmm0, %zmm0", LACKS_IT),
+        ("haswell", "vmovapd %ymm16, %ymm17", LACKS_IT),
+        ("nehalem", "vxorps %xmm0, %xmm0, %xmm0", LACKS_IT),
+    ],
+)
+def test_an_emulated_processor_refuses_what_it_lacks(
+    qemu: str, tmp_path: Path, processor: str, instruction: str, status: int
+) -> None:
+    """So that a copy of the kernel which runs there has none of it on its way."""
+    source, program = tmp_path / "one.cpp", tmp_path / "one"
+    source.write_text(
+        f"""#include <csignal>
+#include <unistd.h>
+int main() {{
+  std::signal(SIGILL, [](int) {{ _exit({LACKS_IT}); }});
+  __asm__ volatile("{instruction}");
+}}
+""",
+        encoding="utf-8",
+    )
+    run(*(compiler() or ("g++",)), source, "-o", program)
+    run(qemu, "-cpu", PROCESSORS[processor], program, ok=(status,))
+
+
+@x86
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processor", "name", "status"),
+    [
+        ("haswell", "avx512", LACKS_IT),
+        ("haswell", "avx2", 0),
+        ("haswell", "portable", 0),
+        ("nehalem", "avx2", LACKS_IT),
+        ("nehalem", "portable", 0),
+    ],
+)
+def test_on_an_emulated_processor(built: Path, qemu: str, processor: str, name: str, status: int) -> None:
+    done = run(qemu, "-cpu", PROCESSORS[processor], built / "kernel_test", name, ROOM, ok=(status,))
+    assert done.stdout.endswith("" if status else " passed, 0 failed\n")
+
+
+@x86
+@pytest.mark.slow
+def test_the_library_on_an_emulated_processor(qemu: str) -> None:
+    """The library chooses AVX2 by itself, obeys DIN_FAST_CPU, and is right: a forward, and a training step."""
+    code = """
+import os
+import torch
+from din_fast.backends import native
+from tests.truth import SPECS, Case, check_parity
+
+torch.set_num_threads(1)
+assert native.instruction_sets() == ["avx2", "portable"], native.instruction_sets()
+assert native.instruction_set() == "avx2"
+for name in native.instruction_sets():
+    os.environ["DIN_FAST_CPU"] = name
+    assert native.instruction_set() == name
+    for training in (True, False):
+        for dtype in (torch.float32, torch.float64):
+            check_parity(Case(SPECS["fuxictr-two-layers"], (3, 33, 10), "both", training), "native", dtype)
+os.environ["DIN_FAST_CPU"] = "avx512"
+try:
+    native.instruction_set()
+except RuntimeError as error:
+    print(error)
+"""
+    done = run(qemu, "-cpu", PROCESSORS["haswell"], sys.executable, "-c", code)
+    assert "DIN_FAST_CPU: expected one of avx2,portable on this processor; got 'avx512'" in done.stdout
 
 
 @x86

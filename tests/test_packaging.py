@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -150,13 +149,101 @@ def test_cpu_without_a_working_compiler_fails(tree: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_sdist_holds_all_that_a_build_needs(tree: Path) -> None:
-    done = run("-c", "import setuptools.build_meta as backend; backend.build_sdist('dist')", cwd=tree)
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+@pytest.mark.parametrize("compiler", ["no compiler", "CXX names none", "a compiler"])
+@pytest.mark.parametrize("mode", ["auto", "none", "cpu", "cuda"])
+def test_what_each_mode_installs(mode: str, compiler: str, editable: bool, tree: Path) -> None:
+    stub = tree / "compiler"  # writes empty files: where they go is the subject here
+    stub.write_text('#!/bin/sh\nfor a; do [ "$last" != -o ] || : >"$a"; last=$a; done\n', encoding="utf-8")
+    stub.chmod(0o755)
+    environ, obstacle = {
+        "no compiler": ({"PATH": str(tree / "nothing")}, "no C++ compiler was found (g++, c++ or clang++, or the one"),
+        "CXX names none": ({"CXX": "no-such-compiler"}, "the C++ compiler does not run: "),
+        "a compiler": ({"CXX": str(stub)}, ""),
+    }[compiler]
+    (tree / "dist").mkdir()
+    hook = "build_editable" if editable else "build_wheel"
+    code = f"import setuptools.build_meta as backend; backend.{hook}('dist')"
+    done = run("-c", code, cwd=tree, DIN_FAST_BUILD=mode, **environ)
+    wheels = list(tree.glob("dist/*.whl"))
+
+    if mode == "cuda" or (mode == "cpu" and obstacle):
+        assert done.returncode != 0 and not wheels
+        assert f"din_fast: DIN_FAST_BUILD={mode}" in done.stderr and "Traceback" not in done.stderr
+        assert ("there are no CUDA kernels yet" if mode == "cuda" else obstacle) in done.stderr
+        return
+
     assert done.returncode == 0, done.stderr
-    (archive,) = (tree / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        names = {name.partition("/")[2] for name in tar.getnames()}
-    csrc = {p.relative_to(tree).as_posix() for p in (tree / "csrc").rglob("*") if p.is_file()}
+    site = tree
+    if not editable:
+        site = tree / "site"
+        shutil.unpack_archive(wheels[0], site, "zip")
+    built = mode != "none" and not obstacle
+    record = json.loads((site / "din_fast" / "_build.json").read_text(encoding="utf-8"))
+    assert (record["requested"], record["built"]) == (mode, built)
+    libraries = {p.name.partition(".")[0] for p in (site / "din_fast").glob("*.so")}
+    assert libraries == ({"libdin_fast", "_face"} if built else set())
+    left_out = f"din_fast: installed WITHOUT the C++ kernel: {obstacle}"
+    assert (left_out in done.stderr) == (mode == "auto" and not built)
+    if mode == "none":
+        assert wheels[0].name.endswith("-py3-none-any.whl")
+    if not built:
+        told = run("-c", "from din_fast.backends import native; print(native.why_not())", cwd=site)
+        why = "DIN_FAST_BUILD=none" if mode == "none" else obstacle
+        assert told.stdout.startswith(f"the C++ kernel was not built: {why}"), told.stderr
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    tree = folder / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", *BUILT))
+    done = run("-c", "import setuptools.build_meta as backend; backend.build_sdist('..')", cwd=tree)
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_sdist_holds_all_that_a_build_needs(sdist: Path) -> None:
+    names = {p.relative_to(sdist).as_posix() for p in sdist.rglob("*")}
+    csrc = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
     assert {"csrc/ops.cpp", "csrc/unit.h"} <= csrc
     assert csrc | {"setup.py", "pyproject.toml", "LICENSE", "din_fast/py.typed"} <= names
     assert not [name for name in names if name.endswith((".so", "_build.json"))]
+
+
+def test_sdist_holds_all_that_git_tracks(sdist: Path) -> None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a checkout of git")
+    command = ["git", "-c", "safe.directory=*", "ls-files"]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    left_out = (".ci/", ".gitignore", "results/")  # of use in the repository only
+    expected = [name for name in tracked if not name.startswith(left_out) and (ROOT / name).exists()]
+    assert len(expected) > 50
+    assert [name for name in expected if not (sdist / name).exists()] == []
+
+
+@pytest.mark.slow
+def test_a_wheel_of_the_sdist_runs_the_kernel(sdist: Path, tmp_path: Path) -> None:
+    pip = ("-m", "pip", "--disable-pip-version-check")
+    offline = ("--no-index", "--no-deps")
+    done = run(*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", ".", str(sdist), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("din_fast-*.whl")
+    done = run(*pip, "install", *offline, "--target", "site", str(wheel), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    code = """
+import pathlib, torch, din_fast
+assert pathlib.Path(din_fast.__file__).parent == pathlib.Path.cwd() / "din_fast"
+torch.manual_seed(0)
+inputs = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+unit = din_fast.FusedActivationUnit(4, backend="native").double()
+right = din_fast.FusedActivationUnit(4, backend="reference").double()
+right.load_state_dict(unit.state_dict())
+torch.testing.assert_close(unit(*inputs), right(*inputs), rtol=0, atol=1e-12)
+print(unit.last_backend, din_fast.backends.native.facts()["requested"])
+"""
+    done = run("-c", code, cwd=tmp_path / "site")
+    assert done.stdout.split() == ["native", "auto"], done.stderr
