@@ -267,10 +267,10 @@ def check_parameters(parameters: UnitParameters, spec: UnitSpec, history: Tensor
 def check_batch_statistics(segments: Segments, query: Tensor, valid_only: bool) -> None:
     """A variance needs two rows: raise for one, before anything changes.
 
-    Which positions are valid is read on the CPU only: on other devices it would wait for them.
+    Which positions are valid is read on the CPU only, where that waits for nothing, and not while torch.compile traces.
     """
     rows = query.shape[0] * segments.history.shape[1]
-    if valid_only and segments.history.device.type == "cpu":
+    if valid_only and segments.history.device.type == "cpu" and not torch.compiler.is_compiling():
         valid = valid_positions(segments)
         if valid is not None:
             if segments.candidate_offsets is not None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from din_fast import UnitSpec, preset
@@ -69,7 +69,7 @@ def one_process(rank: int, folder: str, sizes: tuple[int, ...], how: str) -> Non
 
 
 def run(folder: Path, sizes: tuple[int, ...], how: str = "sync") -> list[dict[str, dict[str, Any]]]:
-    mp.spawn(one_process, (str(folder), sizes, how), nprocs=RANKS)
+    spawn(one_process, (str(folder), sizes, how), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -237,6 +237,36 @@ def test_a_compiled_model_equals_the_eager_one(name: str, training: bool, compil
         torch.testing.assert_close(compiled(*arguments), eager(*arguments))
 
 
+COMPILED: dict[str, tuple[UnitSpec, tuple[int, ...]]] = {
+    "valid statistics": (UnitSpec((5,), activation="dice_batch", batch_stats="valid"), (4,)),
+    "dropout": (UnitSpec((5,), activation="dice_batch", dropout=0.3), (4,)),
+    "candidates": (UnitSpec((5,), activation="silu", score_activation="prelu"), (4, 3)),
+    "scores out": (UnitSpec((5,), activation="leaky_relu", pooling="none", scale_scores=True), (4, 3)),
+    "one history expanded": (UnitSpec((5,), activation="tanh"), (4,)),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", COMPILED)
+def test_every_kind_of_call_compiles_whole(name: str, autocast: bool, backend: str) -> None:
+    torch._dynamo.reset()
+    spec, shape = COMPILED[name]
+    unit = fused_unit(spec, 8, backend).train()
+    compiled = torch.compile(unit, fullgraph=True, backend="aot_eager")
+    history = torch.randn(1 if "expanded" in name else 4, 9, 8, requires_grad=True)
+    target = torch.randn(*shape, 8, requires_grad=True)
+    results = []
+    for run in (unit, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            torch.manual_seed(1)
+            out = run(history.expand(4, -1, -1), target)
+        grads = torch.autograd.grad(out.float().square().sum(), [history, target, *unit.parameters()])
+        results.append([out, *grads])
+        assert unit.last_backend == backend and out.dtype == (torch.bfloat16 if autocast else torch.float32)
+    for found, right in zip(results[1], results[0], strict=True):
+        assert torch.equal(found, right)
+
+
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_sweep_of_shapes_compiles_a_bounded_number_of_times(training: bool, dynamic: bool | None) -> None:

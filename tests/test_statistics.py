@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from din_fast import functional, ops, preset, reference
+from din_fast import UnitSpec, functional, ops, preset, reference
 from tests.truth import Case, assert_near, call, check_parity, draw, fused_unit, randomise
 
 BOTH = preset("fuxictr", [16, 9], batch_norm=True)  # a BatchNorm in front of the activation and one inside Dice
@@ -187,6 +187,39 @@ def test_one_row_raises_before_anything_changes(name: str, grad: bool, any_backe
     unit.train()
     freeze_all(unit)
     assert unit(history, target).shape == (1, 5)
+
+
+VALID = UnitSpec((6, 4), activation="dice_batch", batch_norm=True, dice_affine=True, batch_stats="valid")
+
+
+def test_one_valid_row_raises_before_anything_changes(any_backend: str) -> None:
+    unit = fused_unit(VALID, 5, any_backend).train()
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[1, 4] = True
+    with unchanged(unit), pytest.raises(ValueError, match=r"history: expected more than 1 valid row .* got 1 of shape"):
+        unit(torch.randn(3, 7, 5), torch.randn(3, 5), mask)
+    unit(torch.randn(3, 7, 5), torch.randn(3, 2, 5), mask)  # two candidates make two rows of it
+    assert unit.last_backend == any_backend
+
+
+def test_no_valid_row_leaves_mean_and_variance_alone(any_backend: str) -> None:
+    unit = fused_unit(VALID, 5, any_backend).train()
+    with unchanged(unit):
+        out = unit(torch.randn(3, 7, 5), torch.randn(3, 5), lengths=torch.zeros(3, dtype=torch.int64))
+    assert unit.last_backend == any_backend and not out.any()
+
+
+def test_valid_rows_alone_are_the_unpadded_histories(any_backend: str) -> None:
+    """The statistics of a padded batch are those of its histories laid end to end."""
+    unit, packed = (fused_unit(VALID, 5, any_backend).double().train() for _ in range(2))
+    lengths = torch.tensor([3, 0, 6])
+    history, target = torch.randn(3, 6, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    unit(history, target, lengths=lengths)
+    rows = [(b, n) for b, length in enumerate(lengths.tolist()) for n in range(length)]
+    one_each = torch.stack([history[b, n : n + 1] for b, n in rows])
+    packed(one_each, torch.stack([target[b] for b, _ in rows]))
+    for key, right in packed.named_buffers():
+        assert_near(key, unit.get_buffer(key).double(), right.double(), 1e-12)
 
 
 @pytest.mark.parametrize("name", NORMED)

@@ -99,14 +99,19 @@ template <class T> class Run {
 
   void segments() {
     const int gap = c.strided ? 3 : 0;
-    u.history = memory.spread<T>(p.in.at("history"), c.dim, gap);
+    u.history = memory.spread<T>(c.group > 1 ? p.of_users(p.in.at("history"), (int64_t)c.length * c.dim) : p.in.at("history"), c.dim, gap);
     u.query = memory.spread<T>(p.in.at("query"), c.dim, gap);
-    u.users = u.candidates = c.users, u.length = c.length, u.dim = c.dim;
+    u.candidates = c.users, u.users = c.users / std::max(1, c.group), u.length = c.length, u.dim = c.dim;
+    if (c.group > 1) {
+      std::vector<int64_t> offsets;
+      for (int64_t i = 0; i <= u.users; i++) offsets.push_back(i * c.group);
+      u.candidate_offsets = memory.copy<int64_t>(offsets);
+    }
     u.row_stride = u.query_stride = c.dim + gap;
     u.user_stride = c.length * u.row_stride;
-    u.pads_are_input = c.batch != 0;
-    if (!p.mask.empty()) u.mask = memory.copy<bool>(p.mask);
-    if (!p.lengths.empty()) u.lengths = memory.copy<int64_t>(p.lengths);
+    u.pads_are_input = c.batch != 0 && !c.valid_rows;
+    if (!p.mask.empty()) u.mask = memory.copy<bool>(p.of_users(p.mask, c.length));
+    if (!p.lengths.empty()) u.lengths = memory.copy<int64_t>(p.of_users(p.lengths, 1));
     panels = c.users * panel_rows(c.length);
     if (c.pads != kRagged) return;
     std::vector<int64_t> starts, panel_start;
@@ -206,7 +211,7 @@ template <class T> class Run {
       const int64_t n = (int64_t)c.units[0] * c.dim;
       if (want & kWeights) b.d_a_q = give("d a_q", n), b.d_a_k = give("d a_k", n), b.d_a_p = give("d a_p", n);
       if (want & kQuery) b.d_query = give("d query", (int64_t)c.users * c.dim);
-      if (want & kHistory) b.d_history = give("d history", p.rows * c.dim);
+      if (want & kHistory) b.d_history = give("d history", p.rows / std::max(1, c.group) * c.dim);
     }
     kernels.backward(u, b, parallel);
     for (const auto& put_it : later) put_it();

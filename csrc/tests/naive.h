@@ -248,6 +248,13 @@ static Truth naive(const Problem& p) {
     for (size_t i = 0; i < v.size(); i++) most = std::fmax(most, tape.mass[from + i]);
   }
   Numbers& d_history = truth.value["d history"];
+  if (c.group > 1) {  // the candidates' sum
+    const int64_t n = (int64_t)c.length * c.dim;
+    Numbers sum = p.of_users(Numbers(d_history.size(), 0), n);
+    for (size_t i = 0; i < d_history.size(); i++) sum[i / n / c.group * n + i % n] += d_history[i];
+    d_history = sum;
+    truth.scale["d history"] *= c.group;
+  }
   if (c.pads == kRagged)  // rows of nobody are not written
     for (size_t i = 0; i < d_history.size(); i++)
       if (std::isnan(scores[i / c.dim])) d_history[i] = kNaN;

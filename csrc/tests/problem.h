@@ -44,6 +44,8 @@ struct Case {
   int batch, keep;  // bit i: layer i has batch statistics, its z is kept
   int score, empty, pooling, softmax;
   bool strided, pooled_grad, score_grad;
+  bool valid_rows;  // batch statistics over the valid positions only
+  int group;        // so many users after each other have one history: they are the candidates of one user; 0 or 1: none
 
   bool has_batch(int layer) const { return batch >> layer & 1; }
   int64_t products() const {  // multiply-adds of a forward pass
@@ -60,6 +62,8 @@ struct Case {
     for (int i = 0; i < layers; i++) s += " " + std::to_string(units[i]);
     s += " dim " + std::to_string(dim) + " length " + std::to_string(length) + " users " + std::to_string(users);
     s += pad_kinds[pads];
+    if (group > 1) s += " in groups of " + std::to_string(group);
+    if (batch && valid_rows) s += " valid rows";
     s += " batch " + std::to_string(batch) + " keep " + std::to_string(keep) + " " + poolings[pooling];
     s += softmax ? std::string(" softmax ") + empties[empty] : score ? " sigmoid" : "";
     return s + (strided ? " strided" : "") + (pooled_grad ? "" : " no grad_pooled") + (score_grad ? " grad_scores" : "");
@@ -84,6 +88,7 @@ static std::vector<Case> all_cases() {
     c.pads = r.below(5);
     const bool enough = c.length * ((c.users + 3) / 4) > 6;  // rows for statistics, where other users may have none
     if (c.mode != kPlain && enough && r.below(3)) c.batch = 1 + r.below((1 << c.layers) - 1);
+    if (c.activation == kIdentity) c.batch &= -c.batch;  // a second norm would take the scale of the first out again
     c.keep = c.batch & r.below(8);
     c.softmax = r.below(2);
     c.empty = c.softmax ? r.below(3) : 0;
@@ -92,6 +97,8 @@ static std::vector<Case> all_cases() {
     c.strided = c.pads != kRagged && r.below(3) == 0;
     c.score_grad = c.pads != kRagged && r.below(2);
     c.pooled_grad = !c.score_grad || r.below(4);
+    c.valid_rows = c.batch && !(c.softmax && c.empty != kZeros) && c.length * ((c.users + 3) / 4) > 30 && r.below(2);
+    c.group = c.pads == kRagged || r.below(3) ? 1 : c.users < 19 ? c.users : c.users == 19 ? 19 : 7;
     cases.push_back(c);
   }
   // histories whose sums are flushed on the way
@@ -124,7 +131,13 @@ struct Problem {
   }
   // a softmax over nothing that is not zeros: its pads are pooled
   bool over_nothing(int user) const { return c.softmax && c.empty != kZeros && count(user) == 0; }
-  bool is_input(int user, int64_t l) const { return c.batch || valid(user, l) || over_nothing(user); }
+  bool is_input(int user, int64_t l) const { return (c.batch && !c.valid_rows) || valid(user, l) || over_nothing(user); }
+  // of several candidates' copies of something of a user, n numbers each, the first
+  template <class V> V of_users(const V& v, int64_t n) const {
+    V first;
+    for (int u = 0; u < c.users; u += std::max(1, c.group)) first.insert(first.end(), v.begin() + u * n, v.begin() + (u + 1) * n);
+    return first;
+  }
 };
 
 static Problem draw(const Case& c, uint64_t seed) {
@@ -141,12 +154,21 @@ static Problem draw(const Case& c, uint64_t seed) {
     p.rows = 2;
     for (int u = c.users - 1; u >= 0; u--) p.starts[u] = p.rows, p.rows += p.lengths[u] + 2;
   }
+  for (int u = 0; u < c.users && c.group > 1; u++) {  // all of a group have the pads of its first
+    const int first = u / c.group * c.group;
+    if (!p.lengths.empty()) p.lengths[u] = p.lengths[first];
+    if (!p.mask.empty()) std::copy_n(p.mask.begin() + first * c.length, c.length, p.mask.begin() + u * c.length);
+  }
   Tensors& t = p.in;
   t["history"] = Numbers(p.rows * c.dim, kNaN);
   for (int u = 0; u < c.users; u++)
     for (int64_t l = 0; l < p.total(u); l++)
       for (int d = 0; d < c.dim; d++)
         if (const double x = r.number(1.5); p.is_input(u, l)) t["history"][p.row(u, l) * c.dim + d] = x;
+  for (int u = 0; u < c.users && c.group > 1; u++) {
+    Numbers& h = t["history"];
+    std::copy_n(h.begin() + (int64_t)(u / c.group * c.group) * c.length * c.dim, c.length * c.dim, h.begin() + (int64_t)u * c.length * c.dim);
+  }
   t["query"] = r.numbers((int64_t)c.users * c.dim, 1.5);
   for (const char* a : {"a_q", "a_k", "a_p"}) t[a] = r.numbers((int64_t)c.units[0] * c.dim, 1.2 / std::sqrt(c.dim));
   for (int i = 0; i < c.layers; i++) {
