@@ -11,13 +11,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # The kernel's own test is compiled by the test that runs it.
 NATIVE := $(shell find csrc -path csrc/tests -prune -o \( -name '*.cpp' -o -name '*.h' \) -print)
 
-.PHONY: help demo test test-native test-interpreter test-oldest-triton bench lint clean FORCE
+.PHONY: help demo test test-native test-interpreter test-oldest-triton bench auc lint clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train DIN on real data with and without din_fast: table and figure in results/demo"
 	@echo "make test    lint, types and all tests: test-native, then test-interpreter (the Triton kernels on the CPU)"
-	@echo "make bench   a short benchmark"
+	@echo "make bench   a short benchmark, and the scoring of many candidates"
+	@echo "make auc     does attention help? DIN and two baselines on ml-100k: the README's table"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   remove the environment and everything built"
 	@echo "PYTHON=python3.12, TORCH='torch>=2.11' and TRITON='triton==3.8.0' choose another interpreter, torch or triton"
@@ -42,6 +43,11 @@ test-oldest-triton: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m bench --quick
+	$(BIN)/python -m bench.serve
+
+auc: .venv/ready
+	$(BIN)/python -m examples.auc
+	$(BIN)/python -m examples.auc --readme
 
 lint: .venv/ready
 	$(BIN)/ruff check --quiet

@@ -112,7 +112,7 @@ def prepare(
         mask, lengths = None if mask is None else mask[:1], None if lengths is None else lengths[:1]
     users = history.shape[0]
     offsets = None
-    if query.shape[0] != users or shape is not None:
+    if query.shape[0] != users:
         each = query.shape[0] if shape is None else shape[1]
         offsets = torch.arange(users + 1, device=history.device) * each
     if mask is not None:

@@ -23,6 +23,7 @@ from tests.truth import Case, call, draw, fused_unit
 USERS = 64
 LONG = (2, 4096)  # users and length: long enough to be cut into parts
 SIZES: dict[int, tuple[list[int], int]] = {16: ([36], 20), 64: ([80, 40], 100), 128: ([256, 128], 100)}
+HASH = str(0x7FEB352D)  # a factor in the random numbers of the dropout
 # The history's type, for three units: batch Dice (or none), row Dice with softmax, batch Dice on a long history. The
 # last two have every kernel between them. tf32 is float32 with TF32 products.
 TYPES = {
@@ -88,10 +89,15 @@ def all_kernels() -> set[str]:
 
 
 def launches_of(
-    spec: UnitSpec, shape: tuple[int, int, int], kind: str, training: bool = True, inference: bool = True
+    spec: UnitSpec,
+    shape: tuple[int, int, int],
+    kind: str,
+    training: bool = True,
+    inference: bool = True,
+    masking: str = "none",
 ) -> list[Launch]:
     """What a step in training, and a call in evaluation and without gradient, launch."""
-    case = Case(spec, shape)
+    case = Case(spec, shape, masking)
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     unit = fused_unit(spec, shape[-1], "triton").to(dtype)
     inputs = draw(case, 0, torch.float32).to(dtype)
@@ -124,7 +130,7 @@ def most_shared_memory(units: list[int], length: int, dim: int, found: Compiled)
     bounds = []
     for users, rows in ((USERS, length), LONG):
         for row_dice in (False, True):
-            shape = tiling.Shape(users, users, rows, dim, tuple(units), half, tf32, row_dice=row_dice)
+            shape = tiling.Shape(users, rows, dim, tuple(units), half, tf32, row_dice=row_dice)
             plan = tiling.plan(shape)
             bounds += [tiling.shared_memory(shape, tile) for tile in (plan.forward, plan.backward)]
     return max(bounds)
@@ -146,9 +152,39 @@ def test_every_kernel_compiles(compiler: Compiler, capability: int, dim: int) ->
     assert all(c.kernel.metadata.target.arch == capability and c.kernel.asm["cubin"] for c in found)
     for c in found:
         assert c.kernel.metadata.shared <= most_shared_memory(units, length, dim, c)
+        assert HASH not in c.kernel.asm["ptx"]  # of the dropout, which costs nothing where there is none
         if c.launch.kernel.__name__ == "forward_kernel":
             half = c.launch.arguments["k_ptr"].dtype in operands.HALF
             assert ("tanh.approx" in c.kernel.asm["ptx"]) is half
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "activation"),
+    [(80, "float32", "tanh"), (90, "bfloat16", "tanh"), (90, "float16", "dice_row")],
+)
+def test_dropout_tanh_and_valid_statistics_compile(
+    compiler: Compiler, capability: int, kind: str, activation: str
+) -> None:
+    """And the PReLU on the score; and in an integer's bits the shifts are logical, as in the interpreter."""
+    spec = UnitSpec(
+        (36, 20),
+        activation=activation,
+        batch_norm=True,
+        batch_stats="valid",
+        score_activation="prelu",
+        dropout=0.6,
+    )
+    found = compiler.compile(launches_of(spec, (USERS, 40, 32), kind, inference=False, masking="both"), capability)
+    check_all(found)
+    dropping = [c for c in found if c.launch.arguments.get("DROPOUT")]
+    names = {"moments_kernel", "forward_kernel", "layer_kernel", "history_kernel"}
+    assert {c.launch.kernel.__name__ for c in dropping} == names | (
+        {"row_kernel"} if activation == "dice_row" else set()
+    )
+    for c in dropping:
+        first_moments = c.launch.kernel.__name__ == "moments_kernel" and c.launch.arguments["LAYER"] == 0
+        if not first_moments:  # they are of z before any activation
+            assert "shr.u32" in c.kernel.asm["ptx"] and HASH in c.kernel.asm["ptx"]
 
 
 def test_the_largest_sizes_fit_into_shared_memory(compiler: Compiler) -> None:

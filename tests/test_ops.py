@@ -318,7 +318,7 @@ def enough_rows(case: Case) -> bool:
     return valid is None or int(valid.sum()) * (case.candidates or 1) != 1
 
 
-@settings(max_examples=200 if NATIVE else 15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200 if NATIVE else 8, deadline=None, derandomize=True, database=None)
 @given(case=CASES.filter(enough_rows))
 def test_any_small_case(case: Case) -> None:
     """Drawn specs, sizes and masks; in Triton's interpreter, which is slow, fewer of them."""

@@ -64,6 +64,11 @@ def test_candidates_of_each_user_are_a_group() -> None:
     assert segments.user_of_candidates(found, query).tolist() == [0] * 7 + [1] * 7 + [2] * 7
 
 
+def test_one_candidate_each_is_no_group() -> None:
+    found, query, shape = segments.prepare(torch.randn(B, 1, D), torch.randn(B, L, D), None, None)
+    assert found.candidate_offsets is None and query.shape == (B, D) and shape == (B, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_mask_and_lengths_must_both_hold(dtype: torch.dtype) -> None:
     mask = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)

@@ -13,7 +13,7 @@ from din_fast.backends.triton.tiling import Limits, Shape, padded, pieces, plan
 def shape(
     length: int = 100, dim: int = 64, hidden: tuple[int, ...] = (80,), candidates: int = 4096, **more: bool
 ) -> Shape:
-    return Shape(candidates, candidates, length, dim, hidden, **more)
+    return Shape(candidates, length, dim, hidden, **more)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_the_plan_of_a_call(call: Shape, name: str) -> None:
 
 
 def test_candidates_that_share_a_history_share_no_tile() -> None:
-    call = Shape(512, 2, 20, 64, (80,))
+    call = Shape(512, 20, 64, (80,), grouped=True)
     assert plan(call).name == "f1" and plan(call).forward.candidates == 1
 
 

@@ -159,25 +159,101 @@ def test_candidate_offsets_that_are_none(offsets: list[int]) -> None:
 
 @pytest.mark.parametrize(("name", "argument"), [r for r in RESERVED if r[1] != "candidate_offsets"])
 def test_what_is_not_built_yet_raises_with_its_name(name: str, argument: str) -> None:
-    value = {"dropout": 0.5}.get(argument, torch.randn(3, D))
     history, query = torch.randn(3, 5, D, dtype=torch.float64), torch.randn(3, D, dtype=torch.float64)
     arguments = single_arguments(SPECS["deepctr"], history, query)
-    with pytest.raises(RuntimeError, match=rf"{argument}: .*not built yet; expected (None|0)"):
-        run("triton", name, arguments | {argument: value})
+    with pytest.raises(RuntimeError, match=rf"{argument}: .*not built yet; expected None"):
+        run("triton", name, arguments | {argument: torch.randn(3, D)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dropout": 0.5}, "seed: expected int64 of shape .* got None"),
+        ({"dropout": 0.5, "seed": torch.tensor(3, dtype=torch.int32)}, "seed: expected int64 .* got torch.int32"),
+        ({"dropout": 0.5, "seed": torch.tensor([3])}, r"seed: expected int64 .* shape \(1,\)"),
+        ({"dropout": 1.0, "seed": torch.tensor(3)}, "dropout: expected a probability from 0 to below 1, got 1.0"),
+        ({"softmax": True, "score_activation": 2}, "score_activation: expected none together with softmax, got prelu"),
+        ({"score_activation": 2}, "weights: expected 2 elements in the last, got 1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_what_no_kernel_computes_raises(name: str, changes: dict[str, Any], told: str) -> None:
+    history, query = torch.randn(3, 5, D, dtype=torch.float64), torch.randn(3, D, dtype=torch.float64)
+    with pytest.raises(ValueError, match=told):
+        run("triton", name, single_arguments(SPECS["deepctr"], history, query) | changes)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("counts", [(3, 0, 1), (2, 0), (0, 0, 4)], ids=str)
+def test_groups_of_any_size_are_expanded_histories(counts: tuple[int, ...], dropout: float) -> None:
+    """As many candidates as users, too; and the dropout is that of the candidates' rows, wherever their history is."""
+    spec = SPECS["fuxictr-three-layers"]
+    users, candidates = len(counts), sum(counts)
+    history = torch.randn(users, 7, D, dtype=torch.float64)
+    query = torch.randn(candidates, D, dtype=torch.float64)
+    each = torch.tensor(counts)
+    lengths = torch.tensor([7, 0, 4])[:users]
+    upstream = torch.randn(candidates, D)
+    random = {"dropout": dropout, "seed": torch.tensor(3)}
+    results = []
+    for grouped in (True, False):
+        layout: dict[str, Any] = {"lengths": lengths, "candidate_offsets": nn.functional.pad(each.cumsum(0), (1, 0))}
+        if not grouped:
+            layout = {"lengths": lengths.repeat_interleave(each)}
+        rows = history if grouped else history.repeat_interleave(each, 0)
+        arguments = single_arguments(spec, rows, query, **layout, **random)
+        moments = run("triton", "moments", arguments | {"layer": 2, "keep": False})
+        for key in ("history", "query"):
+            arguments[key] = arguments[key].requires_grad_()
+        arguments["weights"] = [t.detach().requires_grad_() for t in arguments["weights"]]
+        pooled, scores, _ = run("triton", "forward", arguments)
+        leaves = [arguments["history"], arguments["query"], *arguments["weights"]]
+        d_history, *grads = torch.autograd.grad((pooled * upstream).sum(), leaves)
+        if not grouped:
+            d_history = torch.zeros(users, 7, D).index_add(0, torch.arange(users).repeat_interleave(each), d_history)
+        results.append([t.detach() for t in (*moments[:3], pooled, scores, d_history, *grads)])
+    for i, (found, right) in enumerate(zip(*results, strict=True)):
+        assert_near(f"result {i}", found, right, 1e-4 * max(1.0, float(right.abs().max())))
+
+
+# ---- dropout
+
+
+def test_ragged_dropout_counts_the_rows_of_the_flat_history() -> None:
+    """Of equal lengths, one behind the other, they are the dense rows."""
+    history = torch.randn(4, 21, D, dtype=torch.float64)
+    query = torch.randn(4, D, dtype=torch.float64)
+    random = {"dropout": 0.4, "seed": torch.tensor(2**40 + 17)}
+    dense = single_arguments(SPECS["deepctr"], history, query, **random)
+    flat = {"starts": torch.arange(4) * 21 * D, "lengths": torch.full((4,), 21)}
+    ragged = single_arguments(SPECS["deepctr"], history.flatten(0, 1), query, **flat, **random)
+    right, found = (run("triton", "forward", a) for a in (dense, ragged))
+    assert_near("pooled", found[0], right[0], 1e-4)
+    assert_near("scores", found[1].view(4, 21), right[1], 1e-5)
+    without = run("triton", "forward", dense | {"dropout": 0.0, "seed": None})
+    assert not torch.allclose(right[1], without[1])
 
 
 # ---- the weights of the positions
 
 
+MORE_WEIGHTED: dict[str, UnitSpec] = {
+    "prelu": UnitSpec((7,), activation="tanh", score_activation="prelu", scale_scores=True, dropout=0.3),
+    "valid, uniform": SPECS["valid-norm-row-dice-softmax"],
+}
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("name", [*WEIGHTED, *MORE_WEIGHTED])
 def test_the_weights_have_a_gradient(name: str, training: bool) -> None:
     """Of a loss on pooled vectors and weights, whose gradient is a view."""
-    inputs = draw(Case(WEIGHTED[name], (5, 21, D), "both"), 0, torch.float32)
+    spec = (WEIGHTED | MORE_WEIGHTED)[name]
+    inputs = draw(Case(spec, (5, 21, D), "both"), 0, torch.float32)
     g_weights = torch.randn(21, 5, dtype=torch.float64).T
     results = []
     for which, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        unit = fused_unit(WEIGHTED[name], D, which).to(dtype).train(training)
+        torch.manual_seed(7)  # of the dropout
+        unit = fused_unit(spec, D, which).to(dtype).train(training)
         history, query = (t.to(dtype).requires_grad_() for t in (inputs.history.clone(), inputs.target.clone()))
         found = functional.run(
             query, history, unit.attention.unit_parameters(), unit.spec, inputs.mask, inputs.lengths, which
@@ -221,7 +297,9 @@ def test_any_strides(layout: str) -> None:
 
 @pytest.mark.parametrize("pad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("masking", ["mask", "lengths"])
-@pytest.mark.parametrize("name", ["rechub-two-layers-softmax", "fuxictr-softmax", "fuxictr-three-layers", "blog"])
+@pytest.mark.parametrize(
+    "name", ["rechub-two-layers-softmax", "fuxictr-softmax", "fuxictr-three-layers", "blog", "score-prelu-dice-mean"]
+)
 def test_in_evaluation_pads_reach_neither_output_nor_gradient(name: str, masking: str, pad: float) -> None:
     pads_reach_nothing(SPECS[name], masking, False, "triton", pad)
 
@@ -229,6 +307,36 @@ def test_in_evaluation_pads_reach_neither_output_nor_gradient(name: str, masking
 @pytest.mark.parametrize("name", ["row-dice-without-norm", "mean-over-valid"])
 def test_in_training_without_batch_statistics_neither(name: str) -> None:
     pads_reach_nothing(SPECS[name], "both", True, "triton", float("nan"))
+
+
+@pytest.mark.parametrize("pad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("masking", ["mask", "lengths", "both"])
+@pytest.mark.parametrize("name", ["valid-dice", "valid-norm-row-dice-softmax", "dropout-prelu-valid"])
+def test_pads_reach_no_statistics_over_valid_positions(name: str, masking: str, pad: float) -> None:
+    pads_reach_nothing(SPECS[name], masking, True, "triton", pad)
+
+
+def test_a_history_whose_weights_are_nan_spoils_no_gradient_of_the_parameters() -> None:
+    """RecBole's softmax over nothing; with statistics over valid positions its rows take no part."""
+    spec = UnitSpec((5, 4), activation="dice_batch", softmax=True, empty="nan", batch_stats="valid")
+    inputs = replace(draw(Case(spec, (3, 6, 4)), 0, torch.float32), lengths=torch.tensor([6, 2, 0]))
+    found, right = (step(fused_unit(spec, 4, which).train(), inputs) for which in ("triton", "reference"))
+    assert found["output"][2].isnan().all() and found["grad history"][2].isnan().all()
+    for name, tensor in right.items():
+        assert name in ("output", "output without grad", "grad history") or found[name].isfinite().all(), name
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["valid-dice", "valid-norm-row-dice-softmax"])
+def test_statistics_over_no_valid_position(name: str) -> None:
+    """Nothing to take them of: what the running ones were stays, and nothing becomes NaN."""
+    unit = fused_unit(SPECS[name], 4, "triton").train()
+    inputs = replace(draw(Case(unit.spec, (3, 40, 4)), 0, torch.float32), lengths=torch.zeros(3, dtype=torch.int64))
+    before = {key: b.clone() for key, b in unit.named_buffers() if "running" in key}
+    found = step(unit, inputs)
+    for key, tensor in found.items():
+        assert torch.equal(tensor, before[key]) if key in before else tensor.isfinite().all(), key
+        assert not tensor.any() or not key.startswith("grad attention"), key
 
 
 # ---- odd sizes

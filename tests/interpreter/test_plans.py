@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from din_fast import UnitSpec, preset, reference
 from din_fast.backends.triton import tiling
+from tests import truth
 from tests.interpreter.honest import GUARD
 from tests.truth import SEEDS, Case, Comparison, assert_near, check_parity, draw, fused_unit, randomise, step
+
+
+def _random(hidden: tuple[int, ...], **fields: Any) -> UnitSpec:
+    return UnitSpec(hidden, batch_stats="valid", dropout=0.3, **fields)
+
 
 PLANS: dict[str, tuple[UnitSpec, tuple[int, int, int]]] = {
     "f1": (preset("deepctr", [20]), (2, 70, 12)),
@@ -21,6 +28,17 @@ PLANS: dict[str, tuple[UnitSpec, tuple[int, int, int]]] = {
     "split": (UnitSpec((12,), activation="prelu", pooling="mean_valid"), (2, 150, 12)),
     "split, softmax": (preset("rechub", [12, 5], softmax=True), (2, 150, 12)),
     "split, statistics": (preset("fuxictr", [12], softmax=True), (2, 150, 12)),
+}
+# With statistics over the valid positions, and dropout.
+RANDOM: dict[str, tuple[UnitSpec, tuple[int, int, int]]] = {
+    "f1": (_random((20,), activation="dice_batch", pooling="mean_valid"), (2, 70, 12)),
+    "f2": (_random((20, 40), activation="tanh", batch_norm=True, softmax=True, empty="uniform"), (2, 70, 12)),
+    "f3": (_random((20, 9), batch_norm=True, score_activation="prelu"), (2, 70, 12)),
+    "rows": (_random((20, 9, 5), activation="silu", batch_norm=True), (9, 6, 12)),
+    "split": (_random((12,), activation="dice_batch", score_activation="prelu"), (2, 150, 12)),
+    "split, softmax": (_random((12, 5), activation="leaky_relu", batch_norm=True, softmax=True), (2, 150, 12)),
+    "split, weights out": (_random((12,), activation="dice_batch", softmax=True, pooling="none"), (2, 150, 12)),
+    "split, scores out": (_random((12,), activation="sigmoid", batch_norm=True, pooling="none"), (2, 150, 12)),
 }
 
 
@@ -43,14 +61,31 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tiling.Plan]:
 def test_every_plan(
     name: str, training: bool, masking: str, plans: list[tiling.Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spec, shape = PLANS[name]
+    check_plan(name, Case(spec, shape, masking, training), plans, monkeypatch)
+
+
+@pytest.mark.parametrize("masking", ["mask", "lengths"])
+@pytest.mark.parametrize("name", RANDOM)
+def test_every_plan_with_dropout_and_statistics_over_valid_positions(
+    name: str, masking: str, plans: list[tiling.Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(truth, "SEEDS", 3)
+    spec, shape = RANDOM[name]
+    check_plan(name, Case(spec, shape, masking), plans, monkeypatch)
+
+
+def check_plan(name: str, case: Case, plans: list[tiling.Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule; and that it was this plan that was held to it."""
     monkeypatch.setattr(tiling, "LONG", 100)  # histories of 150 are long, and cut into one tile a part
     monkeypatch.setattr(tiling, "PART_TILES", 1)
-    spec, shape = PLANS[name]
+    spec = case.spec
     before = GUARD.launches
-    check_parity(Case(spec, shape, masking, training), "triton")
+    check_parity(case, "triton")
     assert GUARD.launches > before and {p.name for p in plans} == {name.partition(",")[0]}
     kernels = {launch.kernel for launch in GUARD.log[before:]}
-    assert ("merge_kernel" in kernels) == name.startswith("split")
+    merged = name.startswith("split") and (spec.softmax or spec.pooling != "none")
+    assert ("merge_kernel" in kernels) == merged
     assert ("softmax_gradient_kernel" in kernels) == spec.softmax
     assert ("row_kernel" in kernels) == (spec.activation == "dice_row")
 

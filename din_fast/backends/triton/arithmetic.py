@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 
 # The numbering of din_fast/spec.py.
-IDENTITY, RELU, SIGMOID, PRELU, DICE_ROW, DICE_BATCH = (tl.constexpr(i) for i in range(6))
+IDENTITY, RELU, SIGMOID, TANH, PRELU, DICE_ROW, DICE_BATCH = (tl.constexpr(i) for i in range(7))
+SCORE_NONE, SCORE_SIGMOID, SCORE_PRELU = (tl.constexpr(i) for i in range(3))
+POOL_SUM, POOL_MEAN, POOL_MEAN_VALID, POOL_NONE = (tl.constexpr(i) for i in range(4))
+EMPTY_ZEROS, EMPTY_UNIFORM, EMPTY_NAN = (tl.constexpr(i) for i in range(3))
 
 # Rows of a layer's table of parameters, float32, one column a hidden unit; operands.py fills it.
 BIAS, CENTER, NORM_SCALE, NORM_SHIFT, GATE_SCALE, GATE_SHIFT, SLOPE, SCORE, E0, E1 = (
@@ -25,7 +28,7 @@ PARAMETERS = 10
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-# ---------------------------------------------------------------- sigmoid
+# ---------------------------------------------------------------- sigmoid and tanh
 @triton.jit
 def fast_tanh(x):
     """The tanh instruction of sm_75 and later, relative error 2^-11; no interpreter runs it."""
@@ -42,6 +45,60 @@ def sigmoid(x, FAST: tl.constexpr):
         r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
         p = r * r
     return p
+
+
+@triton.jit
+def tanh(x):
+    """To a few roundings relative to itself: where x is small, and 1 - 2 / (e^2|x| + 1) loses digits, a polynomial
+    (S. Moshier's Cephes, tanhf.c)."""
+    size = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
+    s = x * x
+    p = -5.70498872745e-3 * s + 2.06390887954e-2
+    p = p * s - 5.37397155531e-2
+    p = p * s + 1.33314422036e-1
+    p = p * s - 3.33332819422e-1
+    return tl.where(size < 0.625, p * s * x + x, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def score_prelu(s, slope):
+    """The PReLU on the score."""
+    return tl.where(s > 0.0, s, s * slope)
+
+
+# ---------------------------------------------------------------- dropout
+# din_fast/reference.py, dropout_factors, says what its random numbers are. A call's `random` is (pointer to the seed,
+# below, factor, first): activations whose number is below `below` are dropped, the others times `factor`; `first` is
+# the first row of the history. All is in uint32, whose overflow is meant.
+@triton.jit
+def mix(x):
+    x = tl.mul(x ^ (x >> 16), 0x7FEB352D, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 15), 0x846CA68B, sanitize_overflow=False)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropout_rows(random, pos, LAYER: tl.constexpr, DROPOUT: tl.constexpr):
+    """What the random numbers of a layer's rows begin with."""
+    rows = pos
+    if DROPOUT:
+        seed_ptr, _, _, first = random
+        seed = tl.load(seed_ptr)
+        low = mix(seed.to(tl.uint32) ^ LAYER)
+        high = mix((seed >> 32).to(tl.uint32) ^ low)
+        row = first + pos
+        rows = mix(row.to(tl.uint32) ^ low) ^ mix((row >> 32).to(tl.uint32) ^ high)
+    return rows
+
+
+@triton.jit
+def dropout_factors(random, rows, h):
+    """(rows, h): what dropout multiplies the activations by."""
+    _, below, factor, _ = random
+    unit = tl.mul((h + 1).to(tl.uint32), 0x9E3779B9, sanitize_overflow=False)
+    number = mix(tl.add(rows[:, None], unit[None, :], sanitize_overflow=False))
+    return tl.where(number < below, 0.0, factor)
 
 
 # ---------------------------------------------------------------- segments and tiles
@@ -104,6 +161,15 @@ def is_valid(seg, user, pos, count, MASK: tl.constexpr):
 
 
 @triton.jit
+def taking_part(seg, user, pos, count, inside, MASK: tl.constexpr, PADS: tl.constexpr):
+    """Which rows go through the layers: all that there are where pads are input, else those that count."""
+    ok = inside
+    if not PADS:
+        ok = ok & is_valid(seg, user, pos, count, MASK)
+    return ok
+
+
+@triton.jit
 def sum_rows(x, BC: tl.constexpr, LP: tl.constexpr):
     """(rows,) -> (BC,), or (rows, columns) -> (BC, columns): the sum over each candidate's rows."""
     if len(x.shape) == 1:
@@ -143,10 +209,10 @@ def count_valid(seg, c0, c, user, total, count, MASK: tl.constexpr, BC: tl.const
 @triton.jit
 def pooling_scale(POOLING: tl.constexpr, found, total, BC: tl.constexpr, LP: tl.constexpr):
     """(BC,) the factor of the weighted sum: 1, 1 over all rows, or 1 over the valid ones."""
-    if POOLING == 0:
-        scale = tl.full((BC,), 1.0, tl.float32)
-    elif POOLING == 2:
+    if POOLING == POOL_MEAN_VALID:
         scale = 1.0 / tl.maximum(found, 1.0)
+    elif POOLING != POOL_MEAN:
+        scale = tl.full((BC,), 1.0, tl.float32)
     elif BC == 1:
         scale = tl.zeros((1,), tl.float32) + 1.0 / tl.maximum(total, 1).to(tl.float32)
     else:
@@ -265,6 +331,8 @@ def activation(z, mean, inverse, p_ptr, hp, h, ACT: tl.constexpr, NORM: tl.const
         y = tl.where(n < 0.0, 0.0, n)  # NaN stays NaN
     elif ACT == SIGMOID:
         y = sigmoid(n, FAST)
+    elif ACT == TANH:
+        y = tanh(n)
     elif ACT == PRELU:
         y = tl.where(n > 0.0, n, n * parameter(p_ptr, hp, SLOPE, h))
     elif ACT >= DICE_ROW:
@@ -294,6 +362,9 @@ def activation_gradient(
     elif ACT == SIGMOID:
         y = sigmoid(n, FAST)
         dn = da * y * (1.0 - y)
+    elif ACT == TANH:
+        y = tanh(n)
+        dn = da * (1.0 - y * y)
     elif ACT == PRELU:
         slope = parameter(p_ptr, hp, SLOPE, h)
         y = tl.where(n > 0.0, n, n * slope)
@@ -417,6 +488,7 @@ def second_layer(
     folded,
     mean,
     inverse,
+    random,
     p0_ptr,
     w1_ptr,
     p1_ptr,
@@ -430,6 +502,7 @@ def second_layer(
     ACT: tl.constexpr,
     NORM: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """z of the second layer from the history: each chunk of the first is activated and multiplied in at once."""
     hp = folded[3]
@@ -439,10 +512,14 @@ def second_layer(
     zb = za
     if NB > 0:
         zb = tl.zeros((rows, NB), tl.float32)
+    dropout = dropout_rows(random, tile[4], 0, DROPOUT)
     for h0 in tl.range(0, hp, BH):
         h = h0 + tl.arange(0, BH)
         z = first_chunk(tile, folded, h, BC, BD, WIDE, PREC)
-        y = activation(z, mean, inverse, p0_ptr, hp, h, ACT, NORM, FAST).to(dtype)
+        y = activation(z, mean, inverse, p0_ptr, hp, h, ACT, NORM, FAST)
+        if DROPOUT:
+            y = y * dropout_factors(random, dropout, h)
+        y = y.to(dtype)
         za = tl.dot(y, weight_tile(w1_ptr, h, NA + NB, 0, NA), za, input_precision=PREC)
         if NB > 0:
             zb = tl.dot(y, weight_tile(w1_ptr, h, NA + NB, NA, NB), zb, input_precision=PREC)
@@ -477,6 +554,8 @@ def piece_row_statistics(za, zb, p_ptr, units, eps, NA: tl.constexpr, NB: tl.con
 def activated_pieces(
     za,
     zb,
+    random,
+    pos,
     p_ptr,
     units,
     eps,
@@ -485,17 +564,24 @@ def activated_pieces(
     ACT: tl.constexpr,
     NORM: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
-    """The activations of a layer that is whole in registers."""
+    """The activations of the second layer, which is whole in registers."""
     ha = tl.arange(0, NA)
     mean = tl.sum(za, 1)  # row Dice only
     inverse = mean
     if ACT == DICE_ROW:
         mean, inverse = piece_row_statistics(za, zb, p_ptr, units, eps, NA, NB, NORM)
     ya = activation(za, mean, inverse, p_ptr, NA + NB, ha, ACT, NORM, FAST)
+    dropout = dropout_rows(random, pos, 1, DROPOUT)
+    if DROPOUT:
+        ya = ya * dropout_factors(random, dropout, ha)
     yb = ya
     if NB > 0:
-        yb = activation(zb, mean, inverse, p_ptr, NA + NB, NA + tl.arange(0, NB), ACT, NORM, FAST)
+        hb = NA + tl.arange(0, NB)
+        yb = activation(zb, mean, inverse, p_ptr, NA + NB, hb, ACT, NORM, FAST)
+        if DROPOUT:
+            yb = yb * dropout_factors(random, dropout, hb)
     return ya, yb
 
 
@@ -516,6 +602,8 @@ def third_chunk(ya, yb, w_ptr, p_ptr, hp, h, NA: tl.constexpr, NB: tl.constexpr,
 def piece_score(
     za,
     zb,
+    random,
+    pos,
     p_ptr,
     units,
     eps,
@@ -524,9 +612,10 @@ def piece_score(
     ACT: tl.constexpr,
     NORM: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """The score of each row, but for its bias, from a last layer that is whole in registers."""
-    ya, yb = activated_pieces(za, zb, p_ptr, units, eps, NA, NB, ACT, NORM, FAST)
+    ya, yb = activated_pieces(za, zb, random, pos, p_ptr, units, eps, NA, NB, ACT, NORM, FAST, DROPOUT)
     s = tl.sum(ya * parameter(p_ptr, NA + NB, SCORE, tl.arange(0, NA)), 1)
     if NB > 0:
         s += tl.sum(yb * parameter(p_ptr, NA + NB, SCORE, NA + tl.arange(0, NB)), 1)

@@ -25,12 +25,17 @@ from din_fast.backends.triton import tiling
 from din_fast.backends.triton.arithmetic import (
     CENTER,
     DICE_ROW,
+    POOL_MEAN_VALID,
     SCORE,
+    SCORE_PRELU,
+    SCORE_SIGMOID,
     activation_gradient,
     add_chunk,
     answered,
     candidate_chunk,
     count_valid,
+    dropout_factors,
+    dropout_rows,
     enter_tile,
     first_chunk,
     is_valid,
@@ -42,8 +47,10 @@ from din_fast.backends.triton.arithmetic import (
     parameter,
     part_end,
     pooling_scale,
+    score_prelu,
     store_columns,
     sum_rows,
+    taking_part,
     tile_rows,
     to_rows,
 )
@@ -87,7 +94,9 @@ def score_gradient_kernel(
     gs_stride,
     gs_column,
     scores_ptr,
+    bias_ptr,
     d_logit_ptr,
+    d_slope_ptr,
     part_rows,
     BC: tl.constexpr,
     LP: tl.constexpr,
@@ -101,16 +110,21 @@ def score_gradient_kernel(
     SCORE_ACT: tl.constexpr,
     POOLING: tl.constexpr,
 ):
-    """d weight = scale (g . k) + d weight from outside, through a sigmoid; zero where a position does not count."""
+    """d weight = scale (g . k) + d weight from outside, through a sigmoid; zero where a position does not count.
+
+    With a PReLU on the score what comes from outside is its gradient before the PReLU; d_slope (programs,) is that of
+    the slope.
+    """
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
     gradient = (g_ptr, g_stride, g_column)
     c0 = tl.program_id(0).to(tl.int64) * BC
     c = tile_rows(c0, 0, BC, LP)[0]
     user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
     found = tl.zeros((BC,), tl.float32)
-    if POOLING == 2:
+    if POOLING == POOL_MEAN_VALID:
         found = count_valid(seg, c0, c, user, total, count, MASK, BC, LP)
     scale = to_rows(pooling_scale(POOLING, found, total, BC, LP), BC, LP)
+    d_slope = tl.zeros((BC * LP,), tl.float32)
     begin = tl.program_id(1) * part_rows
     end = part_end(begin, part_rows, total, BC, LP)
     for l0 in tl.range(begin, end, LP):
@@ -125,15 +139,22 @@ def score_gradient_kernel(
                 g = load_gradient(gradient, c, d, ok, dim, BC)
                 dp += tl.sum(k * g, 1)
             dp = dp * scale
+        if SCORE_ACT == SCORE_PRELU:
+            s = tl.load(scores_ptr + first + pos, mask=ok, other=0.0)
+            d_slope += tl.where(ok & ~(s > 0.0), dp * s, 0.0)
+            dp = tl.where(s > 0.0, dp, dp * tl.load(bias_ptr + 1))
         if SCORES:
             at = gs_ptr + c * gs_stride + pos.to(tl.int64) * gs_column
             if RAGGED:
                 at = gs_ptr + (first + pos) * gs_column
             dp += tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        if SCORE_ACT == 1:
+        if SCORE_ACT == SCORE_SIGMOID:
             p = tl.load(scores_ptr + first + pos, mask=ok, other=0.0)
             dp = dp * p * (1.0 - p)
         tl.store(d_logit_ptr + first + pos, tl.where(ok, dp, 0.0), mask=inside)
+    if SCORE_ACT == SCORE_PRELU:
+        at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(d_slope_ptr + at, tl.sum(d_slope, 0))
 
 
 @triton.jit
@@ -259,6 +280,9 @@ def row_kernel(
     ap_ptr,
     hp0,
     dim,
+    seed_ptr,
+    below,
+    factor,
     p_ptr,
     units,
     hp,
@@ -279,7 +303,7 @@ def row_kernel(
     WIDE: tl.constexpr,
     NA: tl.constexpr,
     NB: tl.constexpr,
-    FIRST: tl.constexpr,
+    LAYER: tl.constexpr,
     LAST: tl.constexpr,
     NEXT_ANSWER: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -291,6 +315,7 @@ def row_kernel(
     NORM: tl.constexpr,
     PREC: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """(rows, 4): mean, inverse, mean of dx and sum of dx x of each row of the layer."""
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
@@ -299,15 +324,14 @@ def row_kernel(
     c0 = tl.program_id(0).to(tl.int64) * BC
     c = tile_rows(c0, 0, BC, LP)[0]
     user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
+    random = (seed_ptr, below, factor, first)
     begin = tl.program_id(1) * part_rows
     end = part_end(begin, part_rows, total, BC, LP)
     for l0 in tl.range(begin, end, LP):
         pos = tile_rows(c0, l0, BC, LP)[1]
-        ok = (pos < total) & (pos < end)
-        if not PADS:
-            ok = ok & is_valid(seg, user, pos, count, MASK)
+        ok = taking_part(seg, user, pos, count, (pos < total) & (pos < end), MASK, PADS)
         tile = (0.0, 0.0, k_ptr, start, pos, row_stride, ok, q_ptr, q_stride, c, dim)
-        if FIRST:
+        if LAYER == 0:
             tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
         d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
         dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
@@ -315,17 +339,20 @@ def row_kernel(
         m2 = mean
         for h0 in tl.range(0, hp, BH):
             h = h0 + tl.arange(0, BH)
-            z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, FIRST, BC, BD, WIDE, PREC)
+            z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, LAYER == 0, BC, BD, WIDE, PREC)
             if h0 < units:
                 mean, m2 = add_chunk(mean, m2, normed(z, p_ptr, hp, h, NORM), h, h0, units, BH)
         inverse = tl.rsqrt(m2 + units * eps)
+        dropout = dropout_rows(random, pos, LAYER, DROPOUT)
         sum_dx = tl.zeros((BC * LP,), tl.float32)
         dot_dx = sum_dx
         none = sum_dx
         for h0 in tl.range(0, hp, BH):
             h = h0 + tl.arange(0, BH)
-            z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, FIRST, BC, BD, WIDE, PREC)
+            z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, LAYER == 0, BC, BD, WIDE, PREC)
             da = from_above(d_logit, p_ptr, hp, h, dza, dzb, w_ptr, NA, NB, LAST, PREC)
+            if DROPOUT:
+                da = da * dropout_factors(random, dropout, h)
             dx = activation_gradient(z, da, mean, inverse, none, none, p_ptr, hp, h, ACT, NORM, FAST)[2]
             x = (normed(z, p_ptr, hp, h, NORM) - mean[:, None]) * inverse[:, None]
             dx = tl.where((h < units)[None, :], dx, 0.0)
@@ -358,6 +385,9 @@ def layer_kernel(
     ap_ptr,
     hp0,
     dim,
+    seed_ptr,
+    below,
+    factor,
     p_ptr,
     units,
     hp,
@@ -388,7 +418,7 @@ def layer_kernel(
     WIDE: tl.constexpr,
     NA: tl.constexpr,
     NB: tl.constexpr,
-    FIRST: tl.constexpr,
+    LAYER: tl.constexpr,
     LAST: tl.constexpr,
     TAKE: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -405,6 +435,7 @@ def layer_kernel(
     NORM: tl.constexpr,
     PREC: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """Program = (group of candidates and part of their histories, chunk of hidden units, slice of BA columns of k).
 
@@ -446,6 +477,7 @@ def layer_kernel(
         c0 = (group.to(tl.int64) * per_group + i) * BC
         c = tile_rows(c0, 0, BC, LP)[0]
         user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
+        random = (seed_ptr, below, factor, first)
         begin = part * part_rows
         end = part_end(begin, part_rows, total, BC, LP)
         if BC == 1 and not PADS:
@@ -455,21 +487,25 @@ def layer_kernel(
         dq = tl.zeros((BC, BA), tl.float32)
         for l0 in tl.range(begin, end, LP):
             pos = tile_rows(c0, l0, BC, LP)[1]
-            ok = (pos < total) & (pos < end)
-            if not PADS:
-                ok = ok & is_valid(seg, user, pos, count, MASK)
+            ok = taking_part(seg, user, pos, count, (pos < total) & (pos < end), MASK, PADS)
             tile = (0.0, 0.0, k_ptr, start, pos, row_stride, ok, q_ptr, q_stride, c, dim)
-            if FIRST:
+            if LAYER == 0:
                 tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
-            z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, FIRST, BC, BD, WIDE, PREC)
+            z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, LAYER == 0, BC, BD, WIDE, PREC)
             d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
             dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
             da = from_above(d_logit, p_ptr, hp, h, dza, dzb, w_ptr, NA, NB, LAST, PREC)
             mean, inverse, mean_dx, dot_dx = row_numbers(row_ptr, first, pos, ok, ACT == DICE_ROW)
+            factors = da
+            if DROPOUT:
+                factors = dropout_factors(random, dropout_rows(random, pos, LAYER, True), h)
+                da = da * factors
             y, dn, dx, d_slope, dz = activation_gradient(
                 z, da, mean, inverse, mean_dx, dot_dx, p_ptr, hp, h, ACT, NORM, FAST
             )
             dz = tl.where(ok[:, None], dz, 0.0)
+            if DROPOUT:
+                y = y * factors
             if TAKE:
                 zc = z - center
                 s0 += tl.sum(tl.where(ok[:, None], dn * zc, 0.0), 0)
@@ -560,6 +596,9 @@ def history_kernel(
     ap_ptr,
     hp0,
     dim,
+    seed_ptr,
+    below,
+    factor,
     p_ptr,
     units,
     hp,
@@ -575,6 +614,7 @@ def history_kernel(
     g_stride,
     g_column,
     scores_ptr,
+    bias_ptr,
     offsets_ptr,
     dk_ptr,
     part_rows,
@@ -597,9 +637,11 @@ def history_kernel(
     PADS: tl.constexpr,
     ACT: tl.constexpr,
     NORM: tl.constexpr,
+    SCORE_ACT: tl.constexpr,
     POOLING: tl.constexpr,
     PREC: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """Program = (user or a tile's candidates, part of the history, slice of BA columns): d k, shaped as the history."""
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
@@ -625,27 +667,31 @@ def history_kernel(
             c, pos = tile_rows(c1, l0, BC, LP)
             user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
             inside = (pos < total) & (pos < end)
-            ok = inside
-            if not PADS:
-                ok = ok & is_valid(seg, user, pos, count, MASK)
+            ok = taking_part(seg, user, pos, count, inside, MASK, PADS)
             if POOLED:
                 found = tl.zeros((BC,), tl.float32)
-                if POOLING == 2:
+                if POOLING == POOL_MEAN_VALID:
                     found = count_valid(seg, c1, c, user, total, count, MASK, BC, LP)
                 scale = to_rows(pooling_scale(POOLING, found, total, BC, LP), BC, LP)
-                weight = tl.load(scores_ptr + first + pos, mask=inside, other=0.0) * scale
+                weight = tl.load(scores_ptr + first + pos, mask=inside, other=0.0)
+                if SCORE_ACT == SCORE_PRELU:
+                    weight = score_prelu(weight, tl.load(bias_ptr + 1))
                 g = load_gradient(gradient, c, e, inside, dim, BC)
-                dk += weight[:, None] * g
+                dk += (weight * scale)[:, None] * g
             tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
             q = load_query(q_ptr, c, q_stride, e, ok, dim, BC)
             d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
             dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
             mean, inverse, mean_dx, dot_dx = row_numbers(row_ptr, first, pos, ok, ACT == DICE_ROW)
+            random = (seed_ptr, below, factor, first)
+            dropout = dropout_rows(random, pos, 0, DROPOUT)
             dkq = tl.zeros((BC * LP, BA), tl.float32)  # several candidates: of q k
             for h0 in tl.range(0, hp, BH):
                 h = h0 + tl.arange(0, BH)
                 z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, True, BC, BD, WIDE, PREC)
                 da = from_above(d_logit, p_ptr, hp, h, dza, dzb, w_ptr, NA, NB, LAST, PREC)
+                if DROPOUT:
+                    da = da * dropout_factors(random, dropout, h)
                 dz = activation_gradient(z, da, mean, inverse, mean_dx, dot_dx, p_ptr, hp, h, ACT, NORM, FAST)[4]
                 dtype = q_ptr.dtype.element_ty
                 dz = answered(dz, z, ok, p_ptr, hp, h, ANSWER).to(dtype)
@@ -701,6 +747,7 @@ class Pass:
         self.pads_are_input = pads_are_input
         self.score_activation, self.softmax, self.pooling = score_activation, softmax, pooling
         self.d_logit = call.none
+        self.d_score_slope = call.none
         self.local: dict[int, Tensor] = {}
         self.d_weights: list[Tensor | None] = [None] * len(call.raw_weights)
         self.rows_of: dict[int, Tensor] = {}
@@ -726,6 +773,8 @@ class Pass:
         """d logit of every row."""
         call, tile = self.call, self.call.plan.backward
         self.d_logit = call.empty(call.rows)
+        if self.score_activation == SCORE_PRELU.value:
+            self.d_score_slope = call.empty(call.blocks(tile), self.parts)
         if call.starts is not None:
             self.d_logit.zero_()
         if not call.candidates:
@@ -741,7 +790,9 @@ class Pass:
                 *g,
                 *gs,
                 self.scores,
+                call.bias,
                 self.d_logit,
+                self.d_score_slope,
                 self.part_rows,
                 BC=tile.candidates,
                 LP=tile.positions,
@@ -758,6 +809,13 @@ class Pass:
                 softmax_gradient_kernel[(call.candidates,)](
                     *call.segments, self.scores, self.d_logit, LP=256, **OPTIONS, **call.flags
                 )
+
+    def score_bias_gradient(self) -> Tensor:
+        """Of the score's bias and, behind it, of the slope of a PReLU on the score."""
+        found = [self.d_logit.sum(dtype=torch.float64)]
+        if self.score_activation == SCORE_PRELU.value:
+            found.append(self.d_score_slope.sum(dtype=torch.float64))
+        return torch.stack(found).float()
 
     def _above(self, layer: int) -> tuple[Any, ...]:
         """This layer's arguments, and those of the layer above it."""
@@ -800,7 +858,7 @@ class Pass:
                 self.d_logit,
                 self.rows_of[layer],
                 self.part_rows,
-                FIRST=layer == 0,
+                LAYER=layer,
                 **self._flags(layer),
             )
         return self.rows_of[layer]
@@ -850,7 +908,7 @@ class Pass:
                     plan.group_parts,
                     part_rows,
                     BA=self.columns,
-                    FIRST=first,
+                    LAYER=layer,
                     TAKE=take,
                     WEIGHT=weight,
                     LOCAL=not first,
@@ -906,12 +964,14 @@ class Pass:
                 self._rows(0),
                 *g,
                 self.scores,
+                call.bias,
                 call.none if call.candidate_offsets is None else call.candidate_offsets,
                 dk,
                 self.part_rows,
                 BA=self.columns,
                 ANSWER=self._has_answer(0),
                 POOLED=grad_pooled is not None,
+                SCORE_ACT=self.score_activation,
                 POOLING=self.pooling,
                 **self._flags(0),
             )

@@ -14,6 +14,7 @@ from din_fast.backends.triton.backward import Pass
 from din_fast.backends.triton.operands import Call
 from din_fast.fold import fold_parameters
 from din_fast.segments import Segments
+from din_fast.spec import KERNEL_ACTIVATIONS, POOLINGS, SCORE_ACTIVATIONS
 
 Arguments = Mapping[str, Any]
 
@@ -22,10 +23,15 @@ def _call(a: Arguments, weights: Sequence[Tensor], affine: Sequence[Tensor], act
     for name in ("values", "candidate_matrix", "window_offsets"):
         if a.get(name) is not None:
             raise RuntimeError(f"{name}: not built yet; expected None")
-    if a.get("dropout", 0.0) != 0.0:
-        raise RuntimeError(f"dropout: not built yet; expected 0, got {a['dropout']}")
+    if "score_activation" in a:  # all ops but the moments
+        score_activation = SCORE_ACTIVATIONS[a["score_activation"]]
+        if a["softmax"] and score_activation != "none":
+            raise ValueError(f"score_activation: expected none together with softmax, got {score_activation}")
+        wanted = 2 if score_activation == "prelu" else 1
+        if weights[-1].numel() != wanted:
+            raise ValueError(f"weights: expected {wanted} elements in the last, got {weights[-1].numel()}")
     segments = Segments(a["history"], a["starts"], a["lengths"], a["candidate_offsets"], a["mask"])
-    return Call(segments, a["query"], weights, affine, activation, a["dice_eps"])
+    return Call(segments, a["query"], weights, affine, activation, a["dice_eps"], a.get("dropout", 0.0), a.get("seed"))
 
 
 def _kept(call: Call, kept: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -38,7 +44,7 @@ def _kept(call: Call, kept: Sequence[Tensor]) -> dict[int, Tensor]:
 def moments(a: Arguments) -> list[Tensor]:
     """The op ``triton_moments``."""
     call = _call(a, a["weights"], a["affine"], a["activation"])
-    count, mean, m2, z = statistics.moments(call, _kept(call, a["kept"]), a["layer"], a["keep"])
+    count, mean, m2, z = statistics.moments(call, _kept(call, a["kept"]), a["layer"], a["keep"], a["pads_are_input"])
     return [count, mean, m2, call.empty(0) if z is None else z.view(-1)]
 
 
@@ -53,9 +59,11 @@ def forward(a: Arguments) -> list[Tensor]:
 
 def infer(a: Arguments) -> list[Tensor]:
     """The op ``triton_infer``: the fold is torch operations, in float32."""
-    weights, affine = fold_parameters(a["parameters"], a["blocks"], a["eps"])
-    no_hidden_layer = len(a["parameters"]) == 2
-    call = _call(a, weights, affine, 0 if no_hidden_layer else a["activation"])
+    no_hidden_layer = len(a["parameters"]) == 3
+    activation = 0 if no_hidden_layer else a["activation"]
+    gated = KERNEL_ACTIVATIONS[activation] == "dice_batch"
+    weights, affine = fold_parameters(a["parameters"], a["blocks"], a["eps"], gated, a["score_factor"])
+    call = _call(a, weights, affine, activation)
     pooled, scores, _ = kernels.forward(call, {}, False, False, *_score(a))
     return [pooled, scores]
 
@@ -80,6 +88,7 @@ def _backward_pass(a: Arguments, to: int, need_history: bool, need_query: bool) 
     local: d z of the lowest layer but the first that this pass reached, where another pass is to go on from it.
     """
     call = _call(a, a["weights"], a["affine"], a["activation"])
+    grad_pooled = None if POOLINGS[a["pooling"]] == "none" else a["grad_pooled"]
     z = _kept(call, a["kept"])
     if len(z) < call.layers - 1:
         raise ValueError(f"kept: expected z of all {call.layers - 1} layers after the first, got it of {len(z)}")
@@ -93,7 +102,7 @@ def _backward_pass(a: Arguments, to: int, need_history: bool, need_query: bool) 
             run.local[known] = local[1].view(call.rows, call.units[known])
         layer = a["from_layer"] - 1
     else:
-        run.score_gradient(a["grad_pooled"], a["grad_scores"])
+        run.score_gradient(grad_pooled, a["grad_scores"])
         layer = call.layers - 1
     while layer >= max(to, 0) and not (layer == 0 and to < 0):
         run.layer(layer, layer == to or need_weights, need_weights, False)
@@ -103,9 +112,9 @@ def _backward_pass(a: Arguments, to: int, need_history: bool, need_query: bool) 
         if need_weights or need_query:
             d_query = run.inputs(layer == 0 and need_weights, need_weights, need_query)
         if need_history:
-            d_history = run.history(a["grad_pooled"])
+            d_history = run.history(grad_pooled)
     if need_weights and not local:
-        run.d_weights[-1] = run.d_logit.sum(dtype=torch.float64).float().reshape(1)
+        run.d_weights[-1] = run.score_bias_gradient()
     reached = min(run.local, default=0)
     new_local = to >= 0 and run.local and not (local and reached == known)
     # An op gives no input back, nor one tensor twice.

@@ -16,12 +16,21 @@ from torch import Tensor
 from din_fast.backends.triton import tiling
 from din_fast.backends.triton.arithmetic import (
     DICE_ROW,
+    EMPTY_NAN,
+    EMPTY_UNIFORM,
+    EMPTY_ZEROS,
     LOG2E,
+    POOL_MEAN_VALID,
+    POOL_NONE,
     SCORE,
+    SCORE_PRELU,
+    SCORE_SIGMOID,
     activated_pieces,
     activation,
     add_chunk,
     count_valid,
+    dropout_factors,
+    dropout_rows,
     enter_tile,
     first_chunk,
     first_row_statistics,
@@ -34,6 +43,7 @@ from din_fast.backends.triton.arithmetic import (
     parameter,
     piece_score,
     pooling_scale,
+    score_prelu,
     second_layer,
     sigmoid,
     store_columns,
@@ -108,6 +118,9 @@ def forward_kernel(
     ap_ptr,
     hp,
     dim,
+    seed_ptr,
+    below,
+    factor,
     p0_ptr,
     units0,
     w1_ptr,
@@ -149,6 +162,7 @@ def forward_kernel(
     POOLING: tl.constexpr,
     PREC: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """START: the layer whose z is read from its buffer (z1, z2), 0 to begin with the history. KEEP: bit 0 and bit 1:
     write z1 and z2.
@@ -162,7 +176,7 @@ def forward_kernel(
     c = tile_rows(c0, 0, BC, LP)[0]
     user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
     found = tl.zeros((BC,), tl.float32)
-    if POOLING == 2 or (SOFTMAX and EMPTY != 0):
+    if POOLING == POOL_MEAN_VALID or (SOFTMAX and EMPTY != EMPTY_ZEROS):
         found = count_valid(seg, c0, c, user, total, count, MASK, BC, LP)
     # A softmax over nothing with another answer than zeros: all rows count, with one score.
     nothing = to_rows(found == 0.0, BC, LP)
@@ -176,7 +190,7 @@ def forward_kernel(
             own_end = tl.minimum(own_end, begin + part_rows)
         stop = own_end
         # Rows beyond the lengths are gone through where their z is kept, or where they may get a weight.
-        if not (PADS and KEEP > 0) and not (SOFTMAX and EMPTY != 0):
+        if not (PADS and KEEP > 0) and not (SOFTMAX and EMPTY != EMPTY_ZEROS):
             stop = tl.minimum(own_end, count.to(tl.int32))
     else:
         stop = own_end
@@ -186,11 +200,15 @@ def forward_kernel(
     m = tl.full((BC,), float("-inf"), tl.float32)
     total_exp = tl.zeros((BC,), tl.float32)
     bias = tl.load(bias_ptr)
+    score_slope = bias
+    if SCORE_ACT == SCORE_PRELU:
+        score_slope = tl.load(bias_ptr + 1)
+    random = (seed_ptr, below, factor, first)
     for l0 in tl.range(begin, stop, LP):
         pos = tile_rows(c0, l0, BC, LP)[1]
         inside = (pos < total) & (pos < own_end)
         valid = is_valid(seg, user, pos, count, MASK) & inside
-        if SOFTMAX and EMPTY != 0:
+        if SOFTMAX and EMPTY != EMPTY_ZEROS:
             valid = (valid | nothing) & inside
         ok = valid
         if PADS:
@@ -206,17 +224,17 @@ def forward_kernel(
         if LAYERS > 1 and START < 2:
             if START == 0:
                 za, zb = second_layer(
-                    tile, folded, mean, inverse, p0_ptr, w1_ptr, p1_ptr,
-                    NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
+                    tile, folded, mean, inverse, random, p0_ptr, w1_ptr, p1_ptr,
+                    NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST, DROPOUT,
                 )  # fmt: skip
                 if KEEP & 1:
                     store_pieces(z1_ptr, first, pos, ok, units1, za, zb, NA, NB)
             else:
                 za, zb = load_pieces(z1_ptr, first, pos, ok, units1, NA, NB)
             if LAYERS == 3:
-                ya, yb = activated_pieces(za, zb, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST)
+                ya, yb = activated_pieces(za, zb, random, pos, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST, DROPOUT)
         if LAYERS == 2:
-            s = piece_score(za, zb, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST)
+            s = piece_score(za, zb, random, pos, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST, DROPOUT)
         else:
             p_ptr = p0_ptr if LAYERS == 1 else p2_ptr
             width = hp if LAYERS == 1 else hp2
@@ -233,6 +251,7 @@ def forward_kernel(
                         mean, m2 = add_chunk(mean, m2, normed(z, p2_ptr, hp2, h, NORM), h, h0, units2, BH)
                 inverse = tl.rsqrt(m2 + units2 * eps)
             part = tl.zeros((BC * LP, BH), tl.float32)
+            dropout = dropout_rows(random, pos, LAYERS - 1, DROPOUT)
             for h0 in tl.range(0, width, BH):
                 h = h0 + tl.arange(0, BH)
                 if LAYERS == 1:
@@ -244,15 +263,17 @@ def forward_kernel(
                 else:
                     z = load_columns(z2_ptr, first, pos, ok, units2, h)
                 y = activation(z, mean, inverse, p_ptr, width, h, ACT, NORM, FAST)
+                if DROPOUT:
+                    y = y * dropout_factors(random, dropout, h)
                 part += y * parameter(p_ptr, width, SCORE, h)
             s = tl.sum(part, 1)
         s += bias
-        if SCORE_ACT == 1:
+        if SCORE_ACT == SCORE_SIGMOID:
             s = sigmoid(s, FAST)
         if SOFTMAX:
-            if EMPTY == 1:
+            if EMPTY == EMPTY_UNIFORM:
                 s = tl.where(nothing, 0.0, s)
-            if EMPTY == 2:
+            if EMPTY == EMPTY_NAN:
                 s = tl.where(nothing, float("nan"), s)
             s = tl.where(valid, s, float("-inf"))
             m_new = tl.maximum(m, tl.max(tl.reshape(s, (BC, LP)), 1))
@@ -265,8 +286,10 @@ def forward_kernel(
         else:
             s = tl.where(valid, s, 0.0)
             weight = s
+            if SCORE_ACT == SCORE_PRELU:
+                weight = score_prelu(s, score_slope)
         tl.store(scores_ptr + first + pos, s, mask=inside)
-        if not WIDE:
+        if not WIDE and POOLING != POOL_NONE:
             k = tile[0] if START == 0 else load_rows(k_ptr, start, pos, row_stride, d, ok, dim)
             acc += pool(weight, k, BC, LP)
 
@@ -297,12 +320,12 @@ def forward_kernel(
         at = cs + tl.program_id(1).to(tl.int64) * candidates
         tl.store(part_ptr + at * out_stride + dim, m, mask=here)
         tl.store(part_ptr + at * out_stride + dim + 1, total_exp, mask=here)
-    if not WIDE:
+    if not WIDE and POOLING != POOL_NONE:
         v = (acc * scale[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (at * out_stride)[:, None] + d[None, :], v, mask=here[:, None] & (d < dim)[None, :])
-    if WIDE or SOFTMAX:
+    if SOFTMAX or (WIDE and POOLING != POOL_NONE):
         tl.debug_barrier()  # other threads wrote the scores that are read below
-    if WIDE:
+    if WIDE and POOLING != POOL_NONE:
         for d0 in tl.range(0, dim, BD):
             e = d0 + d
             acc = tl.zeros((BC, BD), tl.float32)
@@ -311,12 +334,14 @@ def forward_kernel(
                 ok = pos < own_end
                 if not PADS:
                     valid = is_valid(seg, user, pos, count, MASK)
-                    if SOFTMAX and EMPTY != 0:
+                    if SOFTMAX and EMPTY != EMPTY_ZEROS:
                         valid = valid | nothing
                     ok = ok & valid
                 s = tl.load(scores_ptr + first + pos, mask=ok, other=0.0)
                 if SOFTMAX:
                     s = tl.where(ok, exp(s - base), 0.0)
+                if SCORE_ACT == SCORE_PRELU:
+                    s = score_prelu(s, score_slope)
                 acc += pool(s, load_rows(k_ptr, start, pos, row_stride, e, ok, dim), BC, LP)
             v = (acc * scale[:, None]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + (at * out_stride)[:, None] + e[None, :], v, mask=here[:, None] & (e < dim)[None, :])
@@ -359,7 +384,7 @@ def merge_kernel(
     c = tl.program_id(0).to(tl.int64)
     user, _, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
     found = tl.zeros((1,), tl.float32)
-    if POOLING == 2:
+    if POOLING == POOL_MEAN_VALID:
         found = count_valid(seg, c, c, user, total, count, MASK, 1, LP)
     one = tl.zeros((1,), tl.int32)
     m = tl.full((1,), float("-inf"), tl.float32)
@@ -376,15 +401,16 @@ def merge_kernel(
     scale = pooling_scale(POOLING, found, total, 1, LP)
     if SOFTMAX:
         scale = scale * inverse_of(total_exp)
-    for d0 in tl.range(0, dim, BD):
-        d = d0 + tl.arange(0, BD)
-        acc = tl.zeros((BD,), tl.float32)
-        for i in tl.range(0, parts):
-            v = tl.load(part_ptr + i * step + c * (dim + 2) + d, mask=d < dim, other=0.0)
-            if SOFTMAX:
-                v = v * exp(tl.load(state + i * step) - base)
-            acc += v
-        tl.store(pooled_ptr + c * dim + d, (acc * scale).to(pooled_ptr.dtype.element_ty), mask=d < dim)
+    if POOLING != POOL_NONE:
+        for d0 in tl.range(0, dim, BD):
+            d = d0 + tl.arange(0, BD)
+            acc = tl.zeros((BD,), tl.float32)
+            for i in tl.range(0, parts):
+                v = tl.load(part_ptr + i * step + c * (dim + 2) + d, mask=d < dim, other=0.0)
+                if SOFTMAX:
+                    v = v * exp(tl.load(state + i * step) - base)
+                acc += v
+            tl.store(pooled_ptr + c * dim + d, (acc * scale).to(pooled_ptr.dtype.element_ty), mask=d < dim)
     if SOFTMAX:
         for l0 in tl.range(0, total.to(tl.int32), LP):
             to_weights(scores_ptr, first, l0 + tl.arange(0, LP), total, base, inverse_of(total_exp))
@@ -402,10 +428,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """(pooled (C, D), weights float32 (C, L) or ragged (N,), z of the layers after the first).
 
+    Without pooling, pooled is (C, 0); with a PReLU on the score, the weights are the scores before it.
     kept: z of layers that the moments have made already, by layer; with ``keep`` the others' are made and returned.
     """
     ragged = call.starts is not None
-    pooled = call.empty(call.candidates, call.dim, dtype=call.history.dtype)
+    columns = 0 if pooling == POOL_NONE.value else call.dim
+    pooled = call.empty(call.candidates, columns, dtype=call.history.dtype)
     # Ragged: rows outside all segments have a weight too.
     scores = call.empty(call.rows).zero_() if ragged else call.empty(call.candidates, call.length)
     missing = [i for i in range(1, call.layers) if i not in kept]
@@ -414,10 +442,7 @@ def forward(
         start = missing[0] - 1
     z = dict(kept)
     if keep:
-        z |= {i: call.empty(call.rows, call.units[i]) for i in missing}
-        if ragged or (not pads_are_input and (call.mask is not None or call.lengths is not None)):
-            for i in missing:  # rows that are not gone through
-                z[i].zero_()
+        z |= {i: call.empty_rows(call.units[i], pads_are_input) for i in missing}
     if call.candidates == 0:
         return pooled, scores, z
     plan, tile = call.plan, call.plan.forward
@@ -448,7 +473,7 @@ def forward(
             **call.flags,
             **call.unit_flags,
         )
-        if parts > 1:
+        if parts > 1 and (softmax or columns):
             merge_kernel[(call.candidates,)](
                 *call.segments,
                 call.dim,

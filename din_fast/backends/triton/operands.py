@@ -18,7 +18,7 @@ from din_fast.backends.triton import DTYPES, tiling
 from din_fast.backends.triton.arithmetic import PARAMETERS
 from din_fast.fold import AFFINES
 from din_fast.segments import Segments, check_segments
-from din_fast.spec import ACTIVATIONS
+from din_fast.spec import KERNEL_ACTIVATIONS
 
 OPTIONS = {"enable_fp_fusion": True}  # of every launch: a multiplication and an addition are one instruction
 HALF = (torch.bfloat16, torch.float16)
@@ -79,6 +79,8 @@ class Call:
         affine: Sequence[Tensor],
         activation: int,
         dice_eps: float,
+        dropout: float,
+        seed: Tensor | None,
     ) -> None:
         history, starts, lengths, candidate_offsets, mask = segments
         self.history, self.query, self.mask = history, query, mask
@@ -102,11 +104,10 @@ class Call:
         self.rows = history.shape[0] if ragged else self.candidates * self.length
         half = history.dtype in HALF
         self.precision = "ieee" if half else float32_precision()
-        self.row_dice = ACTIVATIONS[activation] == "dice_row"
+        self.row_dice = KERNEL_ACTIVATIONS[activation] == "dice_row"
         mean_length = tiling.ceil_div(history.shape[0], max(self.users, 1)) if ragged else self.length
         self.shape = tiling.Shape(
             self.candidates,
-            self.users,
             max(mean_length, 1),
             self.dim,
             tuple(self.units),
@@ -114,10 +115,12 @@ class Call:
             self.precision == "tf32",
             ragged,
             self.row_dice,
+            candidate_offsets is not None,
         )
         self.plan = tiling.plan(self.shape, device_limits(history.device))
         self.none = weights[-1]  # stands for a pointer that is not read
-        self.bias = weights[-1].float()
+        self.bias = weights[-1].float().contiguous()  # and, behind it, the slope of a PReLU on the score
+        self.random = self._random(dropout, seed)
         # A_q q + b1 of every candidate, and the matrices with the hidden units side by side.
         hp = self.padded_units(0)
         c = torch.addmm(weights[3].float(), query.float(), weights[0].float().t())
@@ -138,7 +141,7 @@ class Call:
             0 if ragged else history.stride(0),
             history.stride(-2),
         )
-        self.first = (query, query.stride(0), self.c, self.a_k, self.a_p, hp, self.dim)
+        self.first = (query, query.stride(0), self.c, self.a_k, self.a_p, hp, self.dim, *self.random)
         self.flags: dict[str, Any] = {
             "RAGGED": ragged,
             "LENGTHS": lengths is not None and not ragged,
@@ -150,7 +153,19 @@ class Call:
             "NORM": affine[1].numel() > 0,
             "PREC": self.precision,
             "FAST": half and history.device.type == "cuda" and torch.version.hip is None,
+            "DROPOUT": dropout > 0.0,
         }
+
+    def _random(self, dropout: float, seed: Tensor | None) -> tuple[Any, ...]:
+        """Seed, bound and factor of the dropout, as arithmetic.py takes them; the seed stays on the device."""
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability from 0 to below 1, got {dropout}")
+        if dropout == 0.0:
+            return self.none, 0, 1.0
+        if seed is None or seed.dtype != torch.int64 or seed.dim() or seed.device != self.history.device:
+            found = None if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            raise ValueError(f"seed: expected int64 of shape () on {self.history.device}, got {found}")
+        return seed, int(dropout * 2**32), 1 / (1 - dropout)
 
     def padded_units(self, layer: int) -> int:
         return sum(self.plan.pieces[layer - 1]) if layer else tiling.padded(self.units[0])
@@ -208,6 +223,14 @@ class Call:
 
     def blocks(self, tile: tiling.Tile) -> int:
         return tiling.ceil_div(self.candidates, tile.candidates)
+
+    def empty_rows(self, columns: int, pads_are_input: bool) -> Tensor:
+        """(rows, columns); zeros where there are rows that no kernel goes through."""
+        left_out = self.starts is not None or (
+            not pads_are_input and (self.mask is not None or self.lengths is not None)
+        )
+        t = self.empty(self.rows, columns)
+        return t.zero_() if left_out else t
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.history.device)

@@ -24,6 +24,7 @@ from din_fast.backends.triton.arithmetic import (
     second_layer,
     store_columns,
     store_pieces,
+    taking_part,
     third_chunk,
     tile_rows,
 )
@@ -51,6 +52,7 @@ def store_moments(mean, m2, at, h, units, mean_ptr, m2_ptr):
 def second_from_history(
     tile,
     folded,
+    random,
     p0_ptr,
     units0,
     w1_ptr,
@@ -66,6 +68,7 @@ def second_from_history(
     ACT: tl.constexpr,
     NORM: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """z of the second layer."""
     rows: tl.constexpr = tile[4].shape[0]
@@ -74,14 +77,16 @@ def second_from_history(
     if ACT == DICE_ROW:
         mean, inverse = first_row_statistics(tile, folded, p0_ptr, units0, eps, BC, BD, BH, WIDE, PREC, NORM)
     return second_layer(
-        tile, folded, mean, inverse, p0_ptr, w1_ptr, p1_ptr, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST
-    )
+        tile, folded, mean, inverse, random, p0_ptr, w1_ptr, p1_ptr,
+        NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST, DROPOUT,
+    )  # fmt: skip
 
 
 @triton.jit
 def second_activated(
     tile,
     folded,
+    random,
     p0_ptr,
     units0,
     w1_ptr,
@@ -103,15 +108,17 @@ def second_activated(
     ACT: tl.constexpr,
     NORM: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """The activations of the second layer, its z made again (START 0) or read."""
     if START == 0:
         za, zb = second_from_history(
-            tile, folded, p0_ptr, units0, w1_ptr, p1_ptr, eps, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST
-        )
+            tile, folded, random, p0_ptr, units0, w1_ptr, p1_ptr, eps,
+            NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST, DROPOUT,
+        )  # fmt: skip
     else:
         za, zb = load_pieces(z1_ptr, first, pos, ok, units1, NA, NB)
-    return activated_pieces(za, zb, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST)
+    return activated_pieces(za, zb, random, pos, p1_ptr, units1, eps, NA, NB, ACT, NORM, FAST, DROPOUT)
 
 
 @triton.jit
@@ -133,6 +140,9 @@ def moments_kernel(
     ap_ptr,
     hp,
     dim,
+    seed_ptr,
+    below,
+    factor,
     p0_ptr,
     units0,
     w1_ptr,
@@ -164,15 +174,17 @@ def moments_kernel(
     LENGTHS: tl.constexpr,
     GROUPS: tl.constexpr,
     MASK: tl.constexpr,
+    PADS: tl.constexpr,
     ACT: tl.constexpr,
     NORM: tl.constexpr,
     PREC: tl.constexpr,
     FAST: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """Program = (a tile's candidates, part of part_rows rows): count (programs,), mean and M2 (programs, units).
 
     LAYER: of which layer. START as in the forward kernel; KEEP: write z of layer LAYER; ONE_TILE: a part is no longer
-    than a tile.
+    than a tile. Rows that take no part are not counted.
     """
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
     folded = (c_ptr, ak_ptr, ap_ptr, hp)
@@ -181,8 +193,11 @@ def moments_kernel(
     at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     begin = tl.program_id(1) * part_rows
     c, pos = tile_rows(c0, begin, BC, LP)
-    _, start, first, total, _ = locate(seg, c, RAGGED, LENGTHS, GROUPS)
+    user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
     end = part_end(begin, part_rows, total, BC, LP)
+    if BC == 1 and not PADS:
+        end = tl.minimum(end, count.to(tl.int32))
+    random = (seed_ptr, below, factor, first)
     n = tl.sum(tl.zeros((BC * LP,), tl.float32), 0)
     if LAYER == 1:
         mean_a = tl.zeros((NA,), tl.float32)
@@ -194,11 +209,12 @@ def moments_kernel(
             m2_b = mean_b
         for l0 in tl.range(begin, end, LP):
             pos = tile_rows(c0, l0, BC, LP)[1]
-            ok = (pos < total) & (pos < end)
+            ok = taking_part(seg, user, pos, count, (pos < total) & (pos < end), MASK, PADS)
             tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
             za, zb = second_from_history(
-                tile, folded, p0_ptr, units0, w1_ptr, p1_ptr, eps, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST
-            )
+                tile, folded, random, p0_ptr, units0, w1_ptr, p1_ptr, eps,
+                NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST, DROPOUT,
+            )  # fmt: skip
             if KEEP:
                 store_pieces(z1_ptr, first, pos, ok, units1, za, zb, NA, NB)
             mean_a, m2_a = add_tile(n, mean_a, m2_a, za, ok)
@@ -211,15 +227,15 @@ def moments_kernel(
     else:  # a chunk of units at a time, over all tiles
         width = hp if LAYER == 0 else hp2
         units = units0 if LAYER == 0 else units2
-        ok = (pos < total) & (pos < end)
+        ok = taking_part(seg, user, pos, count, (pos < total) & (pos < end), MASK, PADS)
         ya = tl.zeros((BC * LP, NA), tl.float32)  # the third layer only
         yb = ya
         if ONE_TILE:
             tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
             if LAYER == 2:
                 ya, yb = second_activated(
-                    tile, folded, p0_ptr, units0, w1_ptr, p1_ptr, units1, eps, z1_ptr, first, pos, ok,
-                    START, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
+                    tile, folded, random, p0_ptr, units0, w1_ptr, p1_ptr, units1, eps, z1_ptr, first, pos, ok,
+                    START, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST, DROPOUT,
                 )  # fmt: skip
         for h0 in tl.range(0, width, BH):
             h = h0 + tl.arange(0, BH)
@@ -229,12 +245,12 @@ def moments_kernel(
             for l0 in tl.range(begin, end, LP):
                 if not ONE_TILE:
                     pos = l0 + tl.arange(0, LP)
-                    ok = pos < end
+                    ok = taking_part(seg, user, pos, count, pos < end, MASK, PADS)
                     tile = enter_tile(seg, start, c, pos, ok, query, dim, BC, BD, WIDE)
                     if LAYER == 2:
                         ya, yb = second_activated(
-                            tile, folded, p0_ptr, units0, w1_ptr, p1_ptr, units1, eps, z1_ptr, first, pos, ok,
-                            START, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST,
+                            tile, folded, random, p0_ptr, units0, w1_ptr, p1_ptr, units1, eps, z1_ptr, first, pos, ok,
+                            START, NA, NB, BC, BD, BH, WIDE, PREC, ACT, NORM, FAST, DROPOUT,
                         )  # fmt: skip
                 if LAYER == 0:
                     z = first_chunk(tile, folded, h, BC, BD, WIDE, PREC)
@@ -258,9 +274,9 @@ def merge(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def moments(
-    call: Call, kept: dict[int, Tensor], layer: int, keep: bool
+    call: Call, kept: dict[int, Tensor], layer: int, keep: bool, pads_are_input: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(count () float64, mean (H,), M2 (H,), z (rows, H) or None): over all rows of a layer's z.
+    """(count () float64, mean (H,), M2 (H,), z (rows, H) or None): over all rows of a layer's z that take part.
 
     kept: z of earlier layers, by layer. z of the first layer is never kept: it is made again wherever it is needed.
     """
@@ -274,9 +290,7 @@ def moments(
     z = dict(kept)
     keep = keep and layer > 0
     if keep:
-        z[layer] = call.empty(call.rows, units)
-        if call.starts is not None:
-            z[layer].zero_()  # rows outside all segments
+        z[layer] = call.empty_rows(units, pads_are_input)
     if blocks:
         with on_device(call.history):
             moments_kernel[(blocks, parts)](
@@ -294,6 +308,7 @@ def moments(
                 LAYER=layer,
                 START=layer - 1 if layer - 1 in kept else 0,
                 KEEP=keep,
+                PADS=pads_are_input,
                 **call.flags,
                 **call.unit_flags,
             )

@@ -26,15 +26,14 @@ class Shape:
     """What the tiles depend on.
 
     Attributes:
-        candidates: C; users: how many histories they have.
-        length: L, or, ragged, the mean length.
+        candidates: C. length: L, or, ragged, the mean length.
         dim: D. hidden_units: of the layers, one at least.
         half: bfloat16 or float16, else float32. tf32: whether float32 products use TF32.
         ragged: lengths are known on the device only. row_dice: needs whole rows of a layer.
+        grouped: candidates may share a history, which ones is known on the device only.
     """
 
     candidates: int
-    users: int
     length: int
     dim: int
     hidden_units: tuple[int, ...]
@@ -42,6 +41,7 @@ class Shape:
     tf32: bool = False
     ragged: bool = False
     row_dice: bool = False
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def plan(shape: Shape, limits: Limits | None = None) -> Plan:
         raise ValueError(message)
     limit = (limits or Limits()).shared_memory
     wide = _columns(shape)[1]
-    short = not shape.ragged and shape.length <= SHORT and shape.candidates == shape.users and not wide
+    short = shape.length <= SHORT and not (shape.ragged or shape.grouped or wide)
     forward = _fit(shape, _forward_tile(shape, short), limit)
     backward = _fit(shape, _backward_tile(shape, short, forward), limit)
     parts, part_rows = 1, 1 << 30
