@@ -19,35 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from torch import Tensor
+
+from din_fast.data import Samples as Samples
 
 CLICK_RATING = 4
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Samples in torch-rechub's form.
-
-    Attributes:
-        x: feature name -> ids, int32, (N,), or (N, length) for the histories ``hist_item`` and ``hist_cate``; 0 pads.
-        label: (N,) float32, 1 for a click and 0 for a sampled negative.
-    """
-
-    x: dict[str, Tensor]
-    label: Tensor
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def take(self, rows: Tensor) -> Samples:
-        """The samples at these row numbers."""
-        return Samples({name: values[rows] for name, values in self.x.items()}, self.label[rows])
-
-
-@dataclass(frozen=True)
 class ClickData:
-    """Training and test samples, and the rows that each feature's embedding table needs (ids start at 1)."""
+    """Training and test samples, and the rows that each feature's embedding table needs (ids start at 1).
+
+    The samples are in torch-rechub's form: feature name -> ids, int32, (N,), or (N, length) for the histories
+    ``hist_item`` and ``hist_cate``; 0 pads.
+    """
 
     train: Samples
     test: Samples
