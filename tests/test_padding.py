@@ -6,6 +6,7 @@ as in the frameworks), and a softmax over nothing is uniform over all L rows whe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,15 @@ NO_BATCH_STATISTICS = [name for name in SPECS if name not in BATCH_STATISTICS]
 PADS = [float("nan"), float("inf"), -float("inf"), 3e38]
 
 
+def each(names: Iterable[str]) -> list[tuple[str, str, float]]:
+    """Every unit under every masking, with the kinds of pads in turn: each pad meets each masking."""
+    return [
+        (name, masking, PADS[(i + i // len(PADS) + j) % len(PADS)])
+        for i, name in enumerate(names)
+        for j, masking in enumerate(MASKINGS[1:])
+    ]
+
+
 def pads_reach_nothing(spec: UnitSpec, masking: str, training: bool, backend: str, pad: float) -> None:
     inputs = draw(Case(spec, SHAPE, masking), 0, torch.float32)
     assert inputs.valid is not None
@@ -39,18 +49,14 @@ def pads_reach_nothing(spec: UnitSpec, masking: str, training: bool, backend: st
     assert not found["grad history"][ignored].any()
 
 
-@pytest.mark.parametrize("pad", PADS)
-@pytest.mark.parametrize("masking", MASKINGS[1:])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("name", "masking", "pad"), each(SPECS))
 def test_in_evaluation_pads_reach_neither_output_nor_gradient(
     name: str, masking: str, pad: float, any_backend: str
 ) -> None:
     pads_reach_nothing(SPECS[name], masking, False, any_backend, pad)
 
 
-@pytest.mark.parametrize("pad", PADS)
-@pytest.mark.parametrize("masking", MASKINGS[1:])
-@pytest.mark.parametrize("name", NO_BATCH_STATISTICS)
+@pytest.mark.parametrize(("name", "masking", "pad"), each(NO_BATCH_STATISTICS))
 def test_in_training_without_batch_statistics_neither(name: str, masking: str, pad: float, any_backend: str) -> None:
     pads_reach_nothing(SPECS[name], masking, True, any_backend, pad)
 
