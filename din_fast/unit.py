@@ -87,7 +87,9 @@ class FusedActivationUnit(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
+        rest = f", dropout={spec.dropout}" if spec.dropout else ""
+        rest += f", batch_stats={spec.batch_stats}" if spec.batch_stats != "all" else ""
         return (
             f"emb_dim={self.emb_dim}, hidden_units={list(spec.hidden_units)}, activation={spec.activation}, "
-            f"softmax={spec.softmax}, pooling={spec.pooling}, backend={self.backend}"
+            f"softmax={spec.softmax}, pooling={spec.pooling}{rest}, backend={self.backend}"
         )

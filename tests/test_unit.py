@@ -13,7 +13,7 @@ from torch import nn
 from torch_rechub.models.ranking.din import ActivationUnit as RechubUnit
 
 import din_fast
-from din_fast import FusedActivationUnit, dispatch, preset
+from din_fast import FusedActivationUnit, UnitSpec, dispatch, preset
 from din_fast.backends import native
 from din_fast.reference import BatchDice
 from tests.truth import SPECS, Case, call, draw, fused_unit
@@ -147,6 +147,11 @@ def test_repr_says_what_it_computes() -> None:
     text = repr(FusedActivationUnit(D, [8, 4], "prelu", True, backend="reference"))
     for part in ("emb_dim=6", "hidden_units=[8, 4]", "activation=prelu", "softmax=True", "pooling=sum", "reference"):
         assert part in text
+
+
+def test_repr_says_what_changes_training() -> None:
+    text = repr(FusedActivationUnit(D, spec=UnitSpec((8,), batch_norm=True, dropout=0.2, batch_stats="valid")))
+    assert "dropout=0.2" in text and "batch_stats=valid" in text
 
 
 def test_the_functional_form_is_keyword_only_and_the_same(any_backend: str) -> None:
