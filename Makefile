@@ -11,13 +11,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # The kernel's own test is compiled by the test that runs it.
 NATIVE := $(shell find csrc -path csrc/tests -prune -o \( -name '*.cpp' -o -name '*.h' \) -print)
 
-.PHONY: help demo test test-native test-interpreter test-oldest-triton bench auc lint clean FORCE
+.PHONY: help demo test test-native test-interpreter test-oldest-triton bench auc gpu-report gpu-check lint clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train DIN on real data with and without din_fast: table and figure in results/demo"
 	@echo "make test    lint, types and all tests: test-native, then test-interpreter (the Triton kernels on the CPU)"
 	@echo "make bench   a short benchmark, and the scoring of many candidates"
+	@echo "make gpu-report   compile every Triton kernel for GPUs that are not here, and judge them: docs/gpu-report.md"
+	@echo "make gpu-check    on a machine with a GPU: parity, memory, speed, into results/gpu"
 	@echo "make auc     does attention help? DIN and two baselines on ml-100k: the README's table"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   remove the environment and everything built"
@@ -44,6 +46,12 @@ test-oldest-triton: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m bench --quick
 	$(BIN)/python -m bench.serve
+
+gpu-report: .venv/ready
+	$(BIN)/python -m bench.gpu_report --main
+
+gpu-check: .venv/ready
+	$(BIN)/python -m bench.gpu_check
 
 auc: .venv/ready
 	$(BIN)/python -m examples.auc

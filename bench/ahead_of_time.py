@@ -2,7 +2,7 @@
 
 :func:`captured` runs the Triton backend's ordinary host code on CPU tensors, with every launch recorded instead of
 run: the kernels, argument types and compile-time constants are those of a call on a GPU. :func:`compile_launch` and
-:class:`Compiler` make machine code of them for any compute capability.
+:class:`Compiler` make machine code of them for any compute capability, or for an AMD GPU by its name.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from din_fast.backends import triton as backend
 from din_fast.backends.triton import operands
 
+Capability = int | str  # 80 for sm_80, "gfx942" for AMD's
 WORKERS = 2
 DIED = "the compiler ended its process; what it wrote is on stderr"
 
@@ -52,13 +53,13 @@ class Compiled:
 
     Attributes:
         launch: the first one that needs this kernel with these types and constants.
-        capability: 80 for sm_80.
+        capability: 80 for sm_80, or "gfx942".
         kernel: Triton's CompiledKernel, with ``.asm`` and ``.metadata``, or None where there is an error.
         error: what went wrong, or None.
     """
 
     launch: Launch
-    capability: int
+    capability: Capability
     kernel: Any = None
     error: str | None = None
 
@@ -68,7 +69,9 @@ class Compiled:
             f"{p.name}={self.launch.arguments[p.name]}" for p in self.launch.kernel.params if p.is_constexpr
         )
         types = sorted({str(a.dtype) for a in self.launch.arguments.values() if isinstance(a, torch.Tensor)})
-        line = f"{self.launch.kernel.__name__} sm_{self.capability} {dict(self.launch.options)} {types} {constants}"
+        line = (
+            f"{self.launch.kernel.__name__} {gpu_name(self.capability)} {dict(self.launch.options)} {types} {constants}"
+        )
         return line if self.error is None else f"{line}\n{self.error}"
 
 
@@ -132,7 +135,7 @@ class _Source:
     constants: Mapping[tuple[int, ...], Any]
     attributes: Mapping[tuple[int, ...], Any]
     options: Mapping[str, Any]
-    capability: int
+    capability: Capability
 
     def source(self) -> Any:
         """The same, as Triton has it."""
@@ -156,21 +159,30 @@ class _Source:
         return CompiledKernel(self.source(), files.paths, files.key)
 
 
-def _target(capability: int) -> Any:
-    return GPUTarget("cuda", capability, 32)
+def gpu_name(capability: Capability) -> str:
+    """``sm_80`` or ``gfx942``."""
+    return capability if isinstance(capability, str) else f"sm_{capability}"
 
 
-def _source(launch: Launch, capability: int) -> _Source:
+def _target(capability: Capability) -> Any:
+    """As Triton has it; of AMD's, only GPUs with wavefronts of 64 are known here."""
+    return GPUTarget("hip", capability, 64) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
+
+
+def _source(launch: Launch, capability: Capability) -> _Source:
     """Specialise as a launch does, by the same function of Triton's: alignment of pointers and integers, ones."""
+    arguments = dict(launch.arguments)
+    if isinstance(capability, str) and "FAST" in arguments:
+        arguments["FAST"] = False  # an instruction of NVIDIA's
     kernel, make = launch.kernel, make_backend(_target(capability))
     specialise = create_function_from_signature(kernel.signature, kernel.params, make)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for i, (name, (kind, value)) in enumerate(zip(kernel.arg_names, specialise(**launch.arguments)[1], strict=True)):
+    for i, (name, (kind, value)) in enumerate(zip(kernel.arg_names, specialise(**arguments)[1], strict=True)):
         signature[name] = kind
         if kind == "constexpr":
-            constants[i,] = launch.arguments[name]
+            constants[i,] = arguments[name]
         elif value:
             attributes[i,] = make.parse_attr(value)
     return _Source(
@@ -178,7 +190,7 @@ def _source(launch: Launch, capability: int) -> _Source:
     )
 
 
-def compile_launch(launch: Launch, capability: int) -> Compiled:
+def compile_launch(launch: Launch, capability: Capability) -> Compiled:
     """Compile in this process, as a launch on a GPU of this capability would; what the compiler raises passes.
 
     Where LLVM gives up it aborts the process; see :class:`Compiler`.
@@ -229,7 +241,7 @@ class Compiler:
         for worker in self._workers:
             worker.close()
 
-    def compile(self, launches: Iterable[Launch], capability: int) -> list[Compiled]:
+    def compile(self, launches: Iterable[Launch], capability: Capability) -> list[Compiled]:
         """Compile what differs in kernel, types, constants or options, once each; errors are in the results."""
         different: dict[str, tuple[Launch, _Source]] = {}
         for launch in launches:

@@ -53,6 +53,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the caller's shell decides a test."""
     monkeypatch.delenv("DIN_FAST_BACKEND", raising=False)
     monkeypatch.delenv("DIN_FAST_CPU", raising=False)
+    monkeypatch.delenv("DIN_FAST_TUNE_CACHE", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,15 @@
 """Which kernels' tiles for a call: a pure function of shape, dtype and device limits.
 
-No timing at a first call, and nothing that depends on how many multiprocessors a device has: the same bits on every
-device of a kind. The sizes were chosen without a GPU, by what the compiler makes of them; docs/status.md lists those
-that spill.
+No timing at a first call (din_fast/tune.py takes times when asked to), and nothing that depends on how many
+multiprocessors a device has: the same bits on every device of a kind. The sizes were chosen without a GPU, by what the
+compiler makes of them; docs/status.md lists those that spill.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 MAX_DIM = 512
 MAX_FIRST_UNITS = 1024
@@ -19,6 +20,7 @@ LONG = 2048  # histories from this are cut into parts where there are few of the
 PART_TILES = 4  # tiles of a part at least
 PROGRAMS = 512  # enough to fill any device
 GROUPS = 256  # partial sums of the weights' gradients
+MAX_ROWS, MAX_WARPS = 256, 8  # of a tile that is tried
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,13 @@ def plan(shape: Shape, limits: Limits | None = None) -> Plan:
     if message is not None:
         raise ValueError(message)
     limit = (limits or Limits()).shared_memory
-    wide = _columns(shape)[1]
-    short = shape.length <= SHORT and not (shape.ragged or shape.grouped or wide)
+    short = _is_short(shape)
     forward = _fit(shape, _forward_tile(shape, short), limit)
-    backward = _fit(shape, _backward_tile(shape, short, forward), limit)
+    return cut(shape, forward, _fit(shape, _backward_tile(shape, short, forward), limit))
+
+
+def cut(shape: Shape, forward: Tile, backward: Tile) -> Plan:
+    """The plan of a call with these tiles: how its rows are cut."""
     parts, part_rows = 1, 1 << 30
     if not shape.ragged and shape.length >= LONG and shape.candidates < PROGRAMS:
         tiles = ceil_div(shape.length, forward.positions)
@@ -193,9 +198,36 @@ def plan(shape: Shape, limits: Limits | None = None) -> Plan:
     groups = min(ceil_div(shape.candidates, backward.candidates), GROUPS)
     group_parts = max(1, min(parts, GROUPS // max(groups, 1)))
     usual = "f3" if shape.row_dice else "f1" if len(shape.hidden_units) == 1 else "f2"
-    name = "split" if parts > 1 else "rows" if short else usual
+    name = "split" if parts > 1 else "rows" if _is_short(shape) else usual
     widths = tuple(pieces(u) for u in shape.hidden_units[1:])
     return Plan(name, forward, backward, parts, part_rows, groups, group_parts, widths)
+
+
+def choices(shape: Shape, limits: Limits | None = None) -> tuple[list[Tile], list[Tile]]:
+    """Tiles to try in place of a plan's, for the forward and for the backward, its own first: half and twice as many
+    rows and warps. All are within the device's shared memory, and give the same results but for rounding."""
+    usual = plan(shape, limits)
+    return _around(shape, usual.forward, limits), _around(shape, usual.backward, limits)
+
+
+def _around(shape: Shape, tile: Tile, limits: Limits | None) -> list[Tile]:
+    limit = (limits or Limits()).shared_memory
+    found = [tile]
+    for rows, warps in product((1.0, 0.5, 2.0), repeat=2):
+        near = replace(tile, warps=int(tile.warps * warps))
+        if _is_short(shape):  # a candidate's positions are in one tile
+            near = replace(near, candidates=int(tile.candidates * rows))
+        else:
+            near = replace(near, positions=int(tile.positions * rows))
+        useful = near.candidates >= 1 and 16 <= near.rows <= MAX_ROWS and 1 <= near.warps <= MAX_WARPS
+        if useful and near not in found and shared_memory(shape, near) <= limit:
+            found.append(near)
+    return found
+
+
+def _is_short(shape: Shape) -> bool:
+    """Whether histories share a tile with others."""
+    return shape.length <= SHORT and not (shape.ragged or shape.grouped or _columns(shape)[1])
 
 
 def _fit(shape: Shape, tile: Tile, limit: int) -> Tile:
