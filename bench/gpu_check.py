@@ -42,7 +42,7 @@ from bench import contenders, parity, peers, serve, timing
 from bench.contenders import Case, Contender
 from din_fast import FusedActivationUnit, UnitSpec, preset, reference, tune
 from din_fast.backends import triton
-from din_fast.backends.triton import tiling
+from din_fast.backends.triton import tiling, tuned
 from tests import truth
 
 FOLDER = Path("results/gpu")
@@ -90,13 +90,7 @@ class Gpu:
     def milliseconds(self, call: Callable[[], object], calls: int) -> list[float]:
         """Of each of some calls, between CUDA events; one call before them is not timed."""
         call()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        for start, end in events:
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) for start, end in events]
+        return tune.event_times(call, calls, self.device)
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
         """How far a call raises the memory allocated by torch; a call before it is not counted."""
@@ -670,7 +664,7 @@ def checks(run: Run) -> list[Check]:
 
 
 def left_out(run: Run, check: Check, since: float) -> str | None:
-    """Why --quick or --minutes leaves a check out."""
+    """Why --quick leaves a check out: it is not one of its own, or the time is over."""
     if run.quick and not check.quick:
         return "--quick"
     if run.minutes is not None and since > 60 * run.minutes:
@@ -711,7 +705,7 @@ def document(run: Run) -> dict[str, Any]:
             **run.gpu.versions(),
             **{package: installed(package) for package in peers.PACKAGES.values()},
         },
-        "tuned_tiles": tune.cache_path().exists(),
+        "tuned_tiles": tuned.cache_path().exists(),
         "checks": [asdict(result) for result in run.results],
         "timings": [asdict(row) for row in run.timings],
     }
@@ -811,8 +805,11 @@ def why_no_gpu() -> str | None:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="float32 and float16, fewer times, no compute-sanitizer")
-    parser.add_argument("--minutes", type=float, help=f"begin no check after these; {QUICK_MINUTES:g} with --quick")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"float32 and float16, fewer times, no compute-sanitizer; begins no check after {QUICK_MINUTES:g} minutes",
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
     parser.add_argument("--out", type=Path, help=f"the results file; default {FOLDER}/<name of the GPU>.json")
     parser.add_argument("--readme", action="store_true", help="print the table of all results files and stop")
@@ -837,8 +834,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     gpu = DryRun() if args.dry_run else Gpu()
-    minutes = QUICK_MINUTES if args.quick and args.minutes is None else args.minutes
-    run = Run(gpu, args.quick, minutes)
+    run = Run(gpu, args.quick, QUICK_MINUTES if args.quick else None)
     if args.subset:
         run_subset(run)
         return 0

@@ -80,6 +80,7 @@ def _grow(case: Case, provider: str) -> float:
     contenders.forward(c, history[:4, :8], target[:4])  # libraries, thread pools
     before = status("VmRSS:")
     contenders.forward(c, history, target)
+    c.check_backend()
     output = case.batch * case.dim * 4 / 2**20
     return (status("VmHWM:") - before) / 1024 - output
 

@@ -81,7 +81,7 @@ def fold_parameters(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The raw parameters of ``infer`` (:func:`din_fast.segments.check_parameters`) as `weights` and `affine`.
 
-    ``gated``: the kernel's activation is Dice with a norm in its gate, which absent statistics leave out (SiLU).
+    ``gated``: the kernel's activation is batch Dice; where its gate has no statistics it is the one that SiLU is.
     """
     *raw, weight, bias, score_slope = parameters
     assert weight is not None
@@ -132,12 +132,13 @@ class Affine(NamedTuple):
 
 
 def affine(
-    layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, count: Tensor | None, gated: bool = False
+    layer: HiddenLayer, mean: Tensor | None, variance: Tensor | None, count: Tensor | None, silu: bool = False
 ) -> Affine:
     """Scales and shifts of a hidden layer, from its norms and the batch's (biased) moments of z.
 
     mean, variance (H,) and count (0-d) are None when no norm of the layer is in batch mode. They are constants here:
-    the gradient that flows through them is what ``response`` describes. ``gated``: as in :func:`fold_parameters`.
+    the gradient that flows through them is what ``response`` describes. ``silu``: the layer is the Dice
+    that SiLU is, whose gate sees what its norm gives, with alpha 0.
     """
     norm, gate = layer.norm, layer.gate_norm
     slope = None if layer.slope is None else wide(layer.slope).reshape(-1).expand(layer.weight.shape[0])
@@ -172,9 +173,10 @@ def affine(
             at_center = shift if scale is not None else mean  # what the gate sees where z is at its center
             offset = running_mean.neg() if at_center is None else at_center - running_mean
             gate_shift = _plus(gate.bias, rest * offset)
-    elif gated:  # SiLU: a Dice whose gate sees what its norm gives, with alpha 0
-        gate_scale, gate_shift = (torch.ones_like(wide(layer.weight[:, 0])) if scale is None else scale), shift
-        slope = torch.zeros_like(gate_scale, requires_grad=False)
+    elif silu:
+        units = layer.weight.shape[0]
+        gate_scale, gate_shift = (wide(layer.weight).new_ones(units) if scale is None else scale), shift
+        slope = wide(layer.weight).new_zeros(units)
     response = None
     if mean is not None:
         assert variance is not None and count is not None

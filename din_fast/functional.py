@@ -74,7 +74,8 @@ def activation_unit(
         ValueError: wrong rank or shape, lengths negative or beyond L, mixed devices, an unknown backend, one row in
             training with batch statistics, different dropout probabilities in the layers.
         TypeError: a dtype that the backend does not have, mixed dtypes, a mask that is not bool.
-        RuntimeError: the backend that was named cannot run here, or the gradient of a gradient was asked for.
+        RuntimeError: the backend that was named cannot run here, the gradient of a gradient was asked for, or the two
+            norms of a layer are synchronised over different processes.
 
     Dropout draws a seed from torch's generator of the device; the same seed gives the same result on one backend.
 
@@ -178,6 +179,7 @@ def _with_gradient(
     arguments = segs_arguments(segs, query)
     identity = (KERNEL_ACTIVATIONS.index("identity"), 0.0)
     activation = (spec.kernel_activation, spec.dice_eps) if parameters.hidden else identity
+    silu = spec.activation == "silu" and bool(parameters.hidden)
     pads_are_input = batch_statistics and spec.batch_stats == "all"
     may_be_empty = batch_statistics and not pads_are_input
     random = (dropout, reference.draw_seed(query.device) if dropout else None)
@@ -207,7 +209,7 @@ def _with_gradient(
                 if group is not None:
                     count, mean, m2 = distributed.merge_moments(count, mean, m2, group)
                 variance = m2 / (count.clamp(min=1) if rows == 0 or may_be_empty else count)
-        affine = fold.affine(layer, mean, variance, count, _gated(spec))
+        affine = fold.affine(layer, mean, variance, count, silu)
         affines.append(affine)
         kept.append(panel)
         groups.append(group)
@@ -236,11 +238,6 @@ def _folded(parameters: UnitParameters, spec: UnitSpec, dim: int) -> tuple[tuple
     )
     hidden = tuple(x._replace(slope=slope_of(x, spec)) for x in hidden)
     return hidden or (HiddenLayer(weight, bias),), weights
-
-
-def _gated(spec: UnitSpec) -> bool:
-    """Whether the kernels' activation is Dice with a norm in its gate: the special case SiLU has none."""
-    return spec.activation == "silu" and bool(spec.hidden_units)
 
 
 def segs_arguments(segs: segments.Segments, query: Tensor) -> tuple[Tensor | None, ...]:

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 Groups = Sequence["ProcessGroup | None"]
 PANEL_ROWS = 16  # kept rows of a candidate are rounded up to this, csrc/unit.h
-POOLING_AT = {"forward": 19, "infer": 14}  # where the pooling is among the arguments
 
 
 def op(backend: str, name: str) -> Any:
@@ -103,18 +102,18 @@ def _fake_forward(backend: str, *arguments: Any) -> list[Tensor]:
         units = _units(weights)
         missing = (n for i, n in enumerate(units) if i and not (i < len(kept) and kept[i].numel()))
         size = kept_rows(backend, history, starts, lengths, query) * sum(missing)
-    return [*_fake_results("forward", arguments), history.new_empty(size, dtype=_wide(history))]
+    return [*_fake_results(backend, "forward", arguments), history.new_empty(size, dtype=_wide(history))]
 
 
 def _fake_infer(backend: str, *arguments: Any) -> list[Tensor]:
-    return _fake_results("infer", arguments)
+    return _fake_results(backend, "infer", arguments)
 
 
-def _fake_results(name: str, arguments: Sequence[Any]) -> list[Tensor]:
+def _fake_results(backend: str, name: str, arguments: Sequence[Any]) -> list[Tensor]:
     """Pooled vectors and scores."""
     history, starts, query = arguments[0], arguments[1], arguments[5]
     shape = history.shape[:-1] if starts is not None else (query.shape[0], history.shape[1])
-    pooling = arguments[POOLING_AT[name]]
+    pooling = arguments[[a.name for a in op(backend, name)._schema.arguments].index("pooling")]
     pooled = query.shape if POOLINGS[pooling] != "none" else (query.shape[0], 0)
     return [history.new_empty(pooled), history.new_empty(shape, dtype=_wide(history))]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,10 +72,6 @@ def run(folder: Path, sizes: tuple[int, ...], how: str = "sync") -> list[dict[st
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-native_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the processes run native kernels")
-
-
-@native_only
 @pytest.mark.parametrize("sizes", [(4, 3), (6, 1), (7, 0)], ids=str)
 def test_two_processes_are_one_with_the_whole_batch(sizes: tuple[int, ...], tmp_path: Path) -> None:
     """Parameters and running statistics after two steps, however the batch is divided, or all of it in one part."""
@@ -90,7 +85,6 @@ def test_two_processes_are_one_with_the_whole_batch(sizes: tuple[int, ...], tmp_
                 assert_near(f"{name} {rank} {key}", found[rank][name][key], tensor, 1e-11)
 
 
-@native_only
 def test_without_synchronisation_each_process_has_its_own_statistics(tmp_path: Path) -> None:
     first, second = (found["fuxictr"] for found in run(tmp_path, (4, 3), how="local"))
     assert first.pop("ran") == second.pop("ran") == "native"

@@ -14,7 +14,7 @@ from din_fast import UnitSpec, preset, reference
 from tests.truth import Case, draw, fused_unit, step
 
 SPECS: dict[str, UnitSpec] = {
-    "relu": UnitSpec((4, 3), activation="silu", dropout=0.4),
+    "silu": UnitSpec((4, 3), activation="silu", dropout=0.4),
     "norm": UnitSpec((4, 3), activation="tanh", batch_norm=True, dropout=0.3),
     "row-dice": UnitSpec((4,), activation="dice_row", batch_norm=True, softmax=True, dropout=0.2),
     "dice": UnitSpec((4, 3, 2), activation="dice_batch", dice_affine=True, dropout=0.3),
@@ -52,7 +52,7 @@ def test_the_same_seed_the_same_result_and_another_another(backend: str) -> None
 
 
 def test_each_call_drops_others(backend: str) -> None:
-    unit = fused_unit(SPECS["relu"], 4, backend).train()
+    unit = fused_unit(SPECS["silu"], 4, backend).train()
     inputs = draw(Case(unit.spec, (5, 20, 4)), 0, torch.float32)
     assert not torch.equal(unit(inputs.history, inputs.target), unit(inputs.history, inputs.target))
 

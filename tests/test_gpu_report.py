@@ -11,7 +11,7 @@ import triton
 
 from bench import gpu_report
 from bench.ahead_of_time import Compiler, captured, compile_launch
-from bench.gpu_report import MAIN, PINNED, Row, Size, failures, gate, names, pin, read_pinned, report, table
+from bench.gpu_report import MAIN, Row, Size, failures, gate, names, pin, read_pinned, report, table
 from bench.machine_code import (
     CHIPS,
     Code,
@@ -239,8 +239,8 @@ def test_a_tile_that_spills_fails(cache: None, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_subset_passes(cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main size on sm_90 and two small ones: no kernel fails that is not pinned."""
-    if f'"triton": "{triton.__version__}"' not in PINNED.read_text():
-        pytest.skip("the pins are of another triton")
+    if not gpu_report.judged():
+        pytest.skip("the pins are of another triton than this, which is reported and not judged")
     monkeypatch.setattr(gpu_report, "KINDS", {90: ("bfloat16",), 80: ("tf32",), "gfx942": ("bfloat16",)})
     told: list[str] = []
     todo = gpu_report.tasks(MAIN[:1], [90]) + gpu_report.tasks(MAIN[3:], [80, "gfx942"])

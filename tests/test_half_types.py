@@ -100,7 +100,7 @@ def test_autocast_leaves_float64_alone(backend: str) -> None:
     assert out.dtype == torch.float64 and unit.last_backend == backend
 
 
-def test_autocast_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_of_the_reference() -> None:
     unit = fused_unit(preset("fuxictr", [9]), 6, "reference").eval()
     inputs = draw(Case(unit.spec, (5, 12, 6)), 0, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -22,7 +22,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from din_fast import tune
-from din_fast.backends.triton import tiling
+from din_fast.backends.triton import tiling, tuned
 from din_fast.backends.triton.tiling import Limits, Shape, Tile, choices, plan, shared_memory
 
 CPU = torch.device("cpu")
@@ -33,14 +33,14 @@ LIMITS = Limits()
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file that the backend is told to read; it is not there yet."""
-    monkeypatch.setattr(tune, "_told", set())
-    monkeypatch.setenv(tune.VARIABLE, str(tmp_path / "new" / "tiles.json"))
-    tune.forget()
+    monkeypatch.setattr(tuned, "_told", set())
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "new" / "tiles.json"))
+    tuned.forget()
     yield tmp_path / "new" / "tiles.json"
-    tune.forget()
+    tuned.forget()
 
 
-def another(shape: Shape = CALL) -> tune.Pair:
+def another(shape: Shape = CALL) -> tuned.Pair:
     """The last of the choices, which is not the usual one."""
     forward, backward = choices(shape, LIMITS)
     return forward[-1], backward[-1]
@@ -93,49 +93,49 @@ def test_a_plan_with_other_tiles_is_cut_by_them() -> None:
 
 
 def test_a_saved_choice_is_used_for_its_shape_alone(file: Path) -> None:
-    assert tune.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
+    assert tuned.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
     pair = another()
-    tune.save(file, CALL, CPU, pair)
-    found = tune.plan(CALL, LIMITS, CPU)
+    tuned.save(file, CALL, CPU, pair)
+    found = tuned.plan(CALL, LIMITS, CPU)
     assert (found.forward, found.backward) == pair and found != plan(CALL, LIMITS)
     larger = replace(CALL, candidates=513)
-    assert tune.plan(larger, LIMITS, CPU) == plan(larger, LIMITS)
-    tune.save(file, larger, CPU, another(larger))
+    assert tuned.plan(larger, LIMITS, CPU) == plan(larger, LIMITS)
+    tuned.save(file, larger, CPU, another(larger))
     assert len(json.loads(file.read_text())["tiles"]) == 2 and list(file.parent.iterdir()) == [file]
-    assert tune.plan(CALL, LIMITS, CPU) == found
+    assert tuned.plan(CALL, LIMITS, CPU) == found
 
 
 def test_a_choice_is_for_one_gpu_and_the_versions_that_made_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake")
     cuda = torch.device("cuda", 0)
-    assert re.match(r"NVIDIA Fake, din_fast \S+, triton \S+, \(512, 100, 64, \(80, 40\),", tune.key(CALL, cuda))
-    tune.save(file, CALL, cuda, another())
-    assert tune.plan(CALL, LIMITS, cuda).forward == another()[0]
-    assert tune.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
+    assert re.match(r"NVIDIA Fake, din_fast \S+, triton \S+, \(512, 100, 64, \(80, 40\),", tuned.key(CALL, cuda))
+    tuned.save(file, CALL, cuda, another())
+    assert tuned.plan(CALL, LIMITS, cuda).forward == another()[0]
+    assert tuned.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
     for name, value in (("__version__", "0"), ("triton.version", lambda: "0")):
         with monkeypatch.context() as m:
-            m.setattr(f"din_fast.tune.{name}", value)
-            tune.forget()
-            assert tune.plan(CALL, LIMITS, cuda) == plan(CALL, LIMITS)
-    tune.forget()
+            m.setattr(f"din_fast.backends.triton.tuned.{name}", value)
+            tuned.forget()
+            assert tuned.plan(CALL, LIMITS, cuda) == plan(CALL, LIMITS)
+    tuned.forget()
 
 
 def test_on_the_cpu_no_file_is_read_unless_the_variable_is_set(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(tune.VARIABLE)
+    monkeypatch.delenv(tuned.VARIABLE)
     monkeypatch.setenv("HOME", str(file.parent))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake")
     cuda = torch.device("cuda", 0)
-    assert tune.cache_path() == file.parent / ".cache" / "din_fast" / "tiles.json"
+    assert tuned.cache_path() == file.parent / ".cache" / "din_fast" / "tiles.json"
     for device in (CPU, cuda):
-        tune.save(tune.cache_path(), CALL, device, another())
-    assert tune.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
-    assert tune.plan(CALL, LIMITS, cuda).forward == another()[0]
+        tuned.save(tuned.cache_path(), CALL, device, another())
+    assert tuned.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
+    assert tuned.plan(CALL, LIMITS, cuda).forward == another()[0]
 
 
 def _choice(**changes: Any) -> str:
     forward, backward = (asdict(tile) for tile in another())
     return json.dumps(
-        {"format": tune.FORMAT, "tiles": {tune.key(CALL, CPU): {"forward": forward | changes, "backward": backward}}}
+        {"format": tuned.FORMAT, "tiles": {tuned.key(CALL, CPU): {"forward": forward | changes, "backward": backward}}}
     )
 
 
@@ -147,9 +147,9 @@ def _choice(**changes: Any) -> str:
         "[1]",
         "\udcff",
         '{"tiles": {}}',
-        json.dumps({"format": tune.FORMAT, "tiles": 3}),
-        json.dumps({"format": tune.FORMAT, "tiles": {tune.key(CALL, CPU): 7}}),
-        json.dumps({"format": tune.FORMAT, "tiles": {tune.key(CALL, CPU): {"forward": {}}}}),
+        json.dumps({"format": tuned.FORMAT, "tiles": 3}),
+        json.dumps({"format": tuned.FORMAT, "tiles": {tuned.key(CALL, CPU): 7}}),
+        json.dumps({"format": tuned.FORMAT, "tiles": {tuned.key(CALL, CPU): {"forward": {}}}}),
         _choice(positions=4096),
         _choice(positions="64"),
         _choice(colour="red"),
@@ -159,19 +159,19 @@ def test_a_broken_or_foreign_file_is_ignored_with_one_warning(file: Path, text: 
     file.parent.mkdir()
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.warns(RuntimeWarning, match=r"din_fast uses its usual tiles: .*tiles\.json") as told:
-        assert tune.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
+        assert tuned.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tune.forget()
-        assert tune.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
+        tuned.forget()
+        assert tuned.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
 
 
 def test_a_number_of_another_type_is_mended(file: Path) -> None:
     """1.0 is 1 in JSON, but not in a kernel."""
     file.parent.mkdir()
     file.write_text(_choice(candidates=1.0))
-    assert type(tune.plan(CALL, LIMITS, CPU).forward.candidates) is int
+    assert type(tuned.plan(CALL, LIMITS, CPU).forward.candidates) is int
 
 
 # ---------------------------------------------------------------- the times
@@ -207,11 +207,11 @@ def test_medians_of_turns_leave_out_what_does_not_compile() -> None:
 def test_tiles_are_chosen_one_after_the_other() -> None:
     """On calls that only ask for their plan: the forward's by the forward, the backward's with that one."""
     forwards, backwards = choices(CALL, LIMITS)
-    asked: list[tune.Pair] = []
+    asked: list[tuned.Pair] = []
     lines: list[str] = []
 
     def call() -> None:
-        found = tune.plan(CALL, LIMITS, CPU)
+        found = tuned.plan(CALL, LIMITS, CPU)
         asked.append((found.forward, found.backward))
 
     def milliseconds(run: Any) -> float:
@@ -226,7 +226,7 @@ def test_tiles_are_chosen_one_after_the_other() -> None:
         f"* forward    1 x {forwards[2].positions:3} rows, {forwards[2].warps} warps    1.0000 ms",
         f"* backward   1 x {backwards[0].positions:3} rows, {backwards[0].warps} warps    1.0000 ms",
     ]
-    assert tune.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
+    assert tuned.plan(CALL, LIMITS, CPU) == plan(CALL, LIMITS)
 
 
 def test_a_call_that_no_tile_is_asked_for() -> None:

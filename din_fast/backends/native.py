@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARY = _PACKAGE / "libdin_fast.so"
 _RECORD = _PACKAGE / "_build.json"

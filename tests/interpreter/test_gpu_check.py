@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench import gpu_check
 from din_fast import FusedActivationUnit, tune
-from din_fast.backends.triton import tiling
+from din_fast.backends.triton import tiling, tuned
 from tests import truth
 from tests.interpreter.honest import GUARD
 from tests.truth import check_parity
@@ -122,10 +122,10 @@ def test_a_wrong_kernel_fails_and_the_others_still_run(
 
 @pytest.fixture
 def tiles_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(tune.VARIABLE, str(tmp_path / "tiles.json"))
-    tune.forget()
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "tiles.json"))
+    tuned.forget()
     yield tmp_path / "tiles.json"
-    tune.forget()
+    tuned.forget()
 
 
 @pytest.mark.parametrize(
@@ -138,18 +138,18 @@ def test_results_do_not_depend_on_the_tiles(
     monkeypatch.setattr(truth, "SEEDS", 3)
     (found,) = (s for s in gpu_check.SUBJECTS if s.name == subject)
     case = found.case(dry_run=True, training=True)
-    with tune.trying(None) as trial:
+    with tuned.trying(None) as trial:
         check_parity(case, "triton", dtype)
     assert trial.seen is not None
     shape, limits, device = trial.seen
     forwards, backwards = (sorted(tiles, key=lambda t: t.rows) for tiles in tiling.choices(shape, limits))
     for pair in ((forwards[0], backwards[-1]), (forwards[-1], backwards[0])):
         assert pair[0].rows != pair[1].rows
-        tune.save(tiles_file, shape, device, pair)
+        tuned.save(tiles_file, shape, device, pair)
         before = len(GUARD.log)
         check_parity(case, "triton", dtype)
         assert len(GUARD.log) > before
-        plan = tune.plan(shape, limits, device)
+        plan = tuned.plan(shape, limits, device)
         assert (plan.forward, plan.backward) == pair
 
 

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from din_fast import tune
-from din_fast.backends.triton import DTYPES, tiling
+from din_fast.backends.triton import DTYPES, tiling, tuned
 from din_fast.backends.triton.arithmetic import PARAMETERS
 from din_fast.fold import AFFINES
 from din_fast.segments import Segments, check_segments
@@ -118,7 +117,7 @@ class Call:
             self.row_dice,
             candidate_offsets is not None,
         )
-        self.plan = tune.plan(self.shape, device_limits(history.device), history.device)
+        self.plan = tuned.plan(self.shape, device_limits(history.device), history.device)
         self.none = weights[-1]  # stands for a pointer that is not read
         self.bias = weights[-1].float().contiguous()  # and, behind it, the slope of a PReLU on the score
         self.random = self._random(dropout, seed)
