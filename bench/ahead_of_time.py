@@ -243,17 +243,20 @@ class Compiler:
 
     def compile(self, launches: Iterable[Launch], capability: Capability) -> list[Compiled]:
         """Compile what differs in kernel, types, constants or options, once each; errors are in the results."""
-        different: dict[str, tuple[Launch, _Source]] = {}
-        for launch in launches:
-            source = _source(launch, capability)
-            different.setdefault(repr(source), (launch, source))
+        different = {repr(_source(launch, capability)): launch for launch in reversed(list(launches))}
+        return self.compile_each(list(reversed(different.values())), capability)
+
+    def compile_each(self, launches: Iterable[Launch], capability: Capability) -> list[Compiled]:
+        """The same, with a result for each launch."""
+        sources = [(launch, _source(launch, capability)) for launch in launches]
+        different = {repr(source): source for _, source in sources}
         with ThreadPoolExecutor(len(self._workers)) as threads:
-            found = list(threads.map(self._files, (source for _, source in different.values())))
+            found = dict(zip(different, threads.map(self._files, different.values()), strict=True))
         return [
             Compiled(launch, capability, error=files)
-            if isinstance(files, str)
+            if isinstance(files := found[repr(source)], str)
             else Compiled(launch, capability, source.load(files))
-            for (launch, source), files in zip(different.values(), found, strict=True)
+            for launch, source in sources
         ]
 
     def _files(self, source: _Source) -> _Files | str:

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,42 +90,55 @@ def occupancy(chip: Chip, registers: int, shared: int, warps: int) -> Occupancy:
 
 # ---------------------------------------------------------------- text -> instructions
 @dataclass(frozen=True)
+class Place:
+    """A line of a source file, which is named without its folder."""
+
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One instruction.
 
     Attributes:
         name: with its suffixes, ``LDG.E.128``. predicated: it may be left out.
-        file, line: of the source, "" and 0 where the text has none.
-        loops: numbers of the loops around it, the outermost first.
+        at: where it comes from, the innermost function first, and then where that was called; () where the text has
+            none.
+        loops: numbers of the loops around it, the outermost first. again: the loop that it jumps back to the beginning
+            of, or None.
     """
 
     name: str
     operands: str
     predicated: bool = False
-    file: str = ""
-    line: int = 0
+    at: tuple[Place, ...] = ()
     loops: tuple[int, ...] = ()
+    again: int | None = None
 
 
 _SASS_LABEL = re.compile(r"^([.$\w]+):")
-_SASS_LINE = re.compile(r'^\s*//## File "([^"]*)", line (\d+)')
+_SASS_LINE = re.compile(r'^\s*//## File "([^"]*)", line (\d+)( inlined at)?')
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*(.*?)\s*;")
 _AMD_LABEL = re.compile(r"^(\.?\w+):")
-_AMD_FILE = re.compile(r'^\s+\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"')
-_AMD_LINE = re.compile(r"^\s+\.loc\s+(\d+)\s+(\d+)")
+_AMD_LINE = re.compile(r"^\s+\.loc\s.*;(.*)")
+_AMD_PLACE = re.compile(r"([^\s:]+):(\d+):\d+")
 _AMD = re.compile(r"^\s+([a-z]\w*)\s*(.*?)\s*(?:;.*)?$")
 
 
 def sass(text: str) -> list[Instruction]:
-    """Instructions of ``nvdisasm -c -g``."""
+    """Instructions of ``nvdisasm -c -gi``."""
     found: list[Instruction] = []
     labels: dict[str, int] = {}
-    file, line = "", 0
+    at: tuple[Place, ...] = ()
+    called = False  # whether the next place is where the function of the last one was called
     for row in text.splitlines():
         if m := _SASS.match(row):
-            found.append(Instruction(m[2], m[3], m[1] is not None and not m[1].startswith("@PT "), file, line))
+            found.append(Instruction(m[2], m[3], m[1] is not None and not m[1].startswith("@PT "), at))
         elif m := _SASS_LINE.match(row):
-            file, line = Path(m[1]).name, int(m[2])
+            place = Place(Path(m[1]).name, int(m[2]))
+            at = (*at, place) if called else (place,)
+            called = m[3] is not None
         elif m := _SASS_LABEL.match(row):
             labels[m[1]] = len(found)
     return with_loops(found, labels)
@@ -135,19 +148,16 @@ def amdgcn(text: str) -> list[Instruction]:
     """Instructions of what LLVM writes for an AMD GPU, of the first function."""
     found: list[Instruction] = []
     labels: dict[str, int] = {}
-    files: dict[str, str] = {}
-    file, line = "", 0
+    at: tuple[Place, ...] = ()
     for row in text.splitlines():
         if row.startswith(".Lfunc_end"):
             break
         if m := _AMD_LABEL.match(row):
             labels[m[1]] = len(found)
-        elif m := _AMD_FILE.match(row):
-            files[m[1]] = Path(m[2]).name
         elif m := _AMD_LINE.match(row):
-            file, line = files.get(m[1], ""), int(m[2])
+            at = tuple(Place(file, int(line)) for file, line in _AMD_PLACE.findall(m[1]))
         elif m := _AMD.match(row):
-            found.append(Instruction(m[1], m[2], False, file, line))
+            found.append(Instruction(m[1], m[2], False, at))
     return with_loops(found, labels)
 
 
@@ -183,16 +193,20 @@ def with_loops(instructions: Sequence[Instruction], labels: Mapping[str, int]) -
         trap = at == end - 1  # behind a kernel's end, it jumps to itself
         to = [number[at]] if at in number and not trap else []
         after.append(to + ([number[end]] if falls and end in number else []))
-    found = sorted(_natural_loops(after), key=lambda loop: -sum(ends[b] - blocks[b] for b in loop))
+    natural = _natural_loops(after)
+    found = sorted(natural.items(), key=lambda loop: -sum(ends[b] - blocks[b] for b in loop[1]))
+    heads = {head: at for at, (head, _) in enumerate(found)}
     told = []
     for n, (begin, end) in enumerate(zip(blocks, ends, strict=True)):
-        around = tuple(at for at, loop in enumerate(found) if n in loop)
-        told += [Instruction(i.name, i.operands, i.predicated, i.file, i.line, around) for i in instructions[begin:end]]
+        around = tuple(at for at, (_, loop) in enumerate(found) if n in loop)
+        again = next((heads[head] for head in after[n] if heads.get(head) in around), None)
+        told += [replace(i, loops=around) for i in instructions[begin : end - 1]]
+        told.append(replace(instructions[end - 1], loops=around, again=again))
     return told
 
 
-def _natural_loops(after: Sequence[Sequence[int]]) -> list[set[int]]:
-    """The blocks of each loop of a graph, where after[b] may follow b."""
+def _natural_loops(after: Sequence[Sequence[int]]) -> dict[int, set[int]]:
+    """The blocks of each loop of a graph by its first, where after[b] may follow b."""
     before: list[list[int]] = [[] for _ in after]
     for b, following in enumerate(after):
         for f in following:
@@ -209,7 +223,7 @@ def _natural_loops(after: Sequence[Sequence[int]]) -> list[set[int]]:
                     if n not in body:
                         body.add(n)
                         open_ += before[n]
-    return list(loops.values())
+    return loops
 
 
 def _dominators(before: Sequence[Sequence[int]]) -> list[set[int]]:
@@ -232,6 +246,7 @@ _SPILL = re.compile(r"(STL|LDL)\b|scratch_(load|store)_")
 _MATRIX = re.compile(r"([HIQOBD]MMA|[HIQ]GMMA|UTC[A-Z]*MMA)\b|v_(s?mfma|wmma)_")
 _SPECIAL = re.compile(r"MUFU\b|v_(exp|log|rcp|rsq|sqrt|sin|cos)_f(16|32)")
 _LOAD = re.compile(r"(LDG|LDGSTS)\b|(global|buffer)_load_")
+_STORE = re.compile(r"STG\b|(global|buffer)_store_")
 _AMD_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
@@ -250,15 +265,31 @@ def is_special(name: str) -> bool:
     return _SPECIAL.match(name) is not None
 
 
+def is_asynchronous(name: str) -> bool:
+    """Whether it is a copy from global to shared memory that nothing waits for at once."""
+    return name.startswith(("LDGSTS", "UBLKCP", "UTMALDG"))
+
+
 def load_bits(name: str) -> int | None:
     """Bits a lane of a load from global memory (or a copy from it to shared memory); None of another instruction."""
-    if not _LOAD.match(name):
-        return None
-    if name.startswith("LDG"):
+    return _bits(name) if _LOAD.match(name) else None
+
+
+def store_bits(name: str) -> int | None:
+    """Bits a lane of a store to global memory; None of another instruction."""
+    return _bits(name) if _STORE.match(name) else None
+
+
+def _bits(name: str) -> int:
+    if name.startswith(("LDG", "STG")):
         m = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
         return int(m[1]) if m else 32
-    m = re.search(r"load_(?:lds_)?[us]?(dwordx\d|dword|short|byte)", name)
+    m = re.search(r"(?:load|store)_(?:lds_)?[us]?(dwordx\d|dword|short|byte)", name)
     return _AMD_BITS.get(m[1], 32) if m else 32
+
+
+# A masked load becomes up to six lines of assembly, which the compiler numbers on from the source's line.
+NUMBERED_ON = 5
 
 
 @dataclass(frozen=True)
@@ -271,7 +302,7 @@ class Source:
 
     def has(self, i: Instruction) -> bool:
         """Whether an instruction was made of them."""
-        return i.file == self.file and self.first <= i.line <= self.last
+        return bool(i.at) and i.at[0].file == self.file and self.first <= i.at[0].line <= self.last
 
 
 @dataclass(frozen=True)
@@ -283,7 +314,8 @@ class Code:
         instructions: all of them; looped: those inside loops; loops: of each loop, inner ones included.
         spills_looped, spills_outside: loads and stores of spilled registers inside loops, and elsewhere.
         matrix: instructions of the matrix unit by name. special: of the special-function unit.
-        loads: of global memory in innermost loops, by bits a lane. history: those of the history, wherever they are.
+        loads: of global memory in innermost loops, by bits a lane. history: those of the history, wherever they are;
+            copies: those among them that are asynchronous.
     """
 
     registers: int
@@ -298,6 +330,7 @@ class Code:
     special: int
     loads: Mapping[int, int]
     history: Mapping[int, int]
+    copies: int = 0
 
 
 def summary(instructions: Sequence[Instruction], registers: int, shared: int, warps: int, history: Source) -> Code:
@@ -319,6 +352,7 @@ def summary(instructions: Sequence[Instruction], registers: int, shared: int, wa
         special=sum(is_special(i.name) for i in instructions),
         loads=_widths(innermost),
         history=_widths(i for i in instructions if history.has(i)),
+        copies=sum(history.has(i) and is_asynchronous(i.name) for i in instructions),
     )
 
 
@@ -368,7 +402,7 @@ def read(kernel: Any, history: Source) -> tuple[list[Instruction], Code]:
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(kernel.asm["cubin"])
-        found, usage = sass(_run("nvdisasm", "-c", "-g", path)), _run("cuobjdump", "-res-usage", path)
+        found, usage = sass(_run("nvdisasm", "-c", "-gi", path)), _run("cuobjdump", "-res-usage", path)
     finally:
         Path(path).unlink()
     return found, summary(found, number("REG:", usage), shared, warps, history)

@@ -125,6 +125,8 @@ def check_all(found: list[Compiled]) -> None:
 
 def most_shared_memory(units: list[int], length: int, dim: int, found: Compiled) -> int:
     """The bound by which tiling chooses tiles for a device, for the larger of a call's two."""
+    if found.launch.kernel.__name__ == "complete_kernel":  # has no tile
+        return 0
     history = found.launch.arguments["k_ptr"]
     half, tf32 = history.dtype in operands.HALF, found.launch.arguments.get("PREC") == "tf32"
     bounds = []
@@ -148,7 +150,8 @@ def test_every_kernel_compiles(compiler: Compiler, capability: int, dim: int) ->
     launches += launches_of(preset("fuxictr", units, softmax=True), (*LONG, dim), long, training=False)
     found = compiler.compile(launches, capability)
     check_all(found)
-    assert {c.launch.kernel.__name__ for c in found} == all_kernels()
+    without_statistics = {"complete_kernel"} if batch is None else set()
+    assert {c.launch.kernel.__name__ for c in found} == all_kernels() - without_statistics
     assert all(c.kernel.metadata.target.arch == capability and c.kernel.asm["cubin"] for c in found)
     for c in found:
         assert c.kernel.metadata.shared <= most_shared_memory(units, length, dim, c)

@@ -11,10 +11,28 @@ import triton
 
 from bench import gpu_report
 from bench.ahead_of_time import Compiler, captured, compile_launch
-from bench.gpu_report import MAIN, Row, Size, failures, gate, names, pin, read_pinned, report, table
+from bench.gpu_model import BOUNDS, Work
+from bench.gpu_report import (
+    CALLS,
+    MAIN,
+    Found,
+    Row,
+    Size,
+    Task,
+    calls_table,
+    different,
+    failures,
+    gate,
+    names,
+    pin,
+    read_pinned,
+    report,
+    table,
+)
 from bench.machine_code import (
     CHIPS,
     Code,
+    Place,
     Source,
     amdgcn,
     is_matrix,
@@ -37,7 +55,8 @@ SASS = """
 .L_x_0:
 \t//## File "/a/k.py", line 11
         /*0020*/               @P1 LDG.E.128 R4, desc[UR4][R2.64] ;
-\t//## File "/a/k.py", line 30
+\t//## File "/a/k.py", line 30 inlined at "/a/j.py", line 7
+\t//## File "/a/j.py", line 7
         /*0030*/                   LDL.64 R6, [R1] ;
 .L_x_1:
         /*0040*/                   HMMA.16816.F32.BF16 R4, R4, R6, R4 ;
@@ -54,15 +73,14 @@ SASS = """
         /*00c0*/                   BRA `(.L_x_4);
 """
 AMD = """
-\t.file\t1 "/a" "k.py"
 some_kernel:
-\t.loc\t1 5 3                          ; k.py:5
+\t.loc\t1 5 3                          ; k.py:5:3
 \ts_cbranch_scc1 .LBB0_3
 ; %bb.1:
-\t.loc\t1 12 3
+\t.loc\t1 12 3 is_stmt 0               ; k.py:12:3 @[ j.py:7:5 ]
 \tglobal_load_dwordx4 v[0:3], v4, s[0:1]
 .LBB0_2:                                ; =>This Inner Loop Header: Depth=1
-\t.loc\t1 13 3
+\t.loc\t1 13 3                         ; k.py:13:3
 \tv_mfma_f32_16x16x16_bf16 v[2:5], v[2:3], v[6:7], 0
 \tv_exp_f32_e32 v1, v1
 \tbuffer_load_ushort v0, v107, s[68:71], 0 offen
@@ -78,15 +96,21 @@ some_kernel:
 GOOD = Code(96, 1024, 2, 100, 90, (90,), 0, 16, {"HMMA.16816": 4}, 3, {128: 1}, {128: 2})
 
 
+BOUND = dict.fromkeys(BOUNDS, 0.0) | {"issue": 2.0, "L1": 3.0}
+WORK = Work(1e6, None, 2e6, 0, 0, 8e6, 4e6, 0, 1)
+
+
 def made(capability: int | str = 80, kind: str = "bfloat16", products: bool = True, code: Code | None = GOOD) -> Row:
-    return Row(capability, "D 64 [8]", kind, "forward", "1x64", products, True, code)
+    return Row(capability, "D 64 [8]", kind, "forward", "1x64", products, True, code=code, work=WORK, bounds=BOUND)
 
 
 # ---------------------------------------------------------------- text
 def test_sass_is_read() -> None:
     found = sass(SASS)
     assert [i.loops for i in found] == [(), (), (0,), (0,), *[(0, 1)] * 4, (0,), (0,), (), (), ()]
-    assert (found[2].name, found[2].file, found[2].line, found[2].predicated) == ("LDG.E.128", "k.py", 11, True)
+    assert (found[2].name, found[2].at, found[2].predicated) == ("LDG.E.128", (Place("k.py", 11),), True)
+    assert found[3].at == (Place("k.py", 30), Place("j.py", 7))  # a function that line 7 called
+    assert [i.again for i in found if i.again is not None] == [1, 0]
     code = summary(found, 255, 512, 2, HISTORY)
     assert (code.instructions, code.looped, code.loops) == (13, 8, (8, 4))
     assert (code.spills_looped, code.spills_outside, code.special) == (1, 1, 1)
@@ -96,6 +120,7 @@ def test_sass_is_read() -> None:
 def test_amdgcn_is_read() -> None:
     found = amdgcn(AMD)
     assert [i.loops for i in found] == [(), (), *[(0,)] * 5, (), ()]
+    assert found[1].at == (Place("k.py", 12), Place("j.py", 7)) and found[6].again == 0
     code = summary(found, number(r"\.vgpr_count:", AMD), 0, 1, HISTORY)
     assert (code.registers, code.loops, code.spills_looped, code.spills_outside) == (77, (5,), 1, 1)
     assert (code.matrix, code.special) == ({"v_mfma_f32_16x16x16": 1}, 1)
@@ -171,6 +196,7 @@ def test_occupancy(chip: int | str, registers: int, shared: int, warps: int, sha
         (made(code=replace(GOOD, matrix={})), "products without the matrix unit"),
         (made("gfx942", kind="float16", code=replace(GOOD, matrix={})), "products without the matrix unit"),
         (made(code=replace(GOOD, history={64: 1, 128: 1})), "narrow loads of the history"),
+        (replace(made(), streams=True), "loads of the history that are waited for"),
         (made(code=None), "does not compile"),
     ],
 )
@@ -184,6 +210,8 @@ def test_what_the_gate_lets_pass() -> None:
     none = replace(GOOD, matrix={})
     rows = [made(), made(75, "float16", code=none), made(kind="float32", code=none), made(products=False, code=none)]
     assert gate(rows, {}) == []
+    assert gate([replace(made(chip), streams=True) for chip in (75, "gfx942")], {}) == []  # cannot copy so
+    assert gate([replace(made(code=replace(GOOD, copies=1)), streams=True)], {}) == []
     assert gate([replace(made(), wide=False, code=replace(GOOD, history={16: 4}))], {}) == []
 
 
@@ -201,20 +229,42 @@ def test_pins(tmp_path: Path) -> None:
     assert set(read_pinned(path)) == {other.key}
 
 
+def found_of(*rows: Row) -> Found:
+    return Found(Task(Size(64, (8,)), rows[0].kind, rows[0].capability), [], list(rows))
+
+
 def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     bad = made(90, code=replace(GOOD, spills_looped=5))
-    text = report([made(), bad], "some command", "This run: some sizes.")
+    text = report([found_of(made()), found_of(bad)], "some command", "This run: some sizes.")
     assert "some command" in text and triton.__version__ in text and "No GPU has run these kernels" in text
     cells = "forward | 1x64, 2 | 96 | 31%, registers | 1.0 | 0, 16 | HMMA.16816 x 4 | 3 | 128 x 1 | 128 x 2 | 100, 90 |"
-    assert cells in table([made()])[2]
+    assert cells + " 3, L1 |" in table([made()])[2]
     assert "- sm_90, D 64 [8], bfloat16, forward: 5 local loads and stores in loops" in text
 
-    monkeypatch.setattr(gpu_report, "run", lambda todo, console: [made(), bad])
+    monkeypatch.setattr(gpu_report, "run", lambda todo, console: [found_of(made()), found_of(bad)])
     files = ["--quick", "--out", str(tmp_path / "r.md"), "--pins", str(tmp_path / "p.json")]
     assert gpu_report.main(files) == 1
     assert bad.key in capsys.readouterr().out
     assert gpu_report.main([*files, "--pin"]) == 0
     assert "the main sizes, sm_80, sm_90" in (tmp_path / "r.md").read_text()
+
+
+def test_a_call_is_the_sum_of_its_kernels() -> None:
+    """Modelled time, the bounds, and per position: two kernels of 1e6 instructions of 32 lanes, 409600 positions."""
+    (line,) = calls_table([found_of(made(), made())])[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    told = dict(zip(CALLS, cells, strict=True))
+    assert (told["call"], told["modelled us"], told["issue us"], told["L1 us"]) == ("without gradient", "6", "4", "6")
+    assert (told["binds most"], told["matrix"]) == ("L1, 100%", "?")
+    assert (told["a position: issue"], told["float32"]) == ("156", "312")
+    assert (told["L2 bytes"], told["memory bytes"]) == ("39", "20")
+
+
+def test_a_kernel_stands_once_a_chip() -> None:
+    """Another size in the same type that makes the same code is not told again."""
+    again = replace(made(), size="D 64 [9]", kernel="forward 2")
+    other = replace(made(), size="D 64 [9]", code=replace(GOOD, special=4))
+    assert different([found_of(made(), again), found_of(other, made(90))]) == [made(), other, made(90)]
 
 
 # ---------------------------------------------------------------- compiled
@@ -230,7 +280,7 @@ def test_a_tile_that_spills_fails(cache: None, monkeypatch: pytest.MonkeyPatch) 
     size = Size(64, (36,), batch=4, training=False)
     huge = tiling.Tile(1, 256, tiling.CHUNK, 64, False, 1)
     monkeypatch.setattr(tiling, "_forward_tile", lambda shape, rows: huge)
-    (launch,) = gpu_report.launches(size, "bfloat16", CHIPS[80].program_shared)
+    (launch,) = gpu_report.calls(size, "bfloat16", CHIPS[80].program_shared).inference
     found = gpu_report.row(compile_launch(launch, 80), size, "bfloat16", "forward")
     assert found.tile == "1x256" and found.code is not None
     assert failures(found)["local loads and stores in loops"] > 100
@@ -245,13 +295,14 @@ def test_a_subset_passes(cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     todo = gpu_report.tasks(MAIN[:1], [90]) + gpu_report.tasks(MAIN[3:], [80, "gfx942"])
     with Compiler() as compiler:
-        rows = list(gpu_report.compile_all(todo, compiler, told.append))
+        rows = different(gpu_report.compile_all(todo, compiler, told.append))
     assert gate(rows, read_pinned()) == []
     assert len(told) == 3 and {r.capability for r in rows} == {80, 90, "gfx942"}
     assert {"moments", "forward", "layer", "history", "score_gradient"} <= {r.kernel for r in rows}
     for r in rows:
         assert r.code is not None
-        assert r.code.instructions > r.code.looped > 0 and 0 < r.code.registers <= 512
+        assert r.code.instructions > r.code.looped >= 0 and 0 < r.code.registers <= 512
+        assert set(r.bounds) == set(BOUNDS) and r.modelled > 0, r.key
         assert r.products == bool(r.code.matrix)
         if r.kernel in ("moments", "history", "score_gradient"):
             assert sum(r.code.history.values()) > 0, r.key
@@ -261,15 +312,13 @@ def test_a_call_that_raises_is_a_row_that_fails() -> None:
     """float32 at D 128, [512, 256] has no tile of 64 KiB."""
     todo = [gpu_report.Task(Size(128, (512, 256), batch=2), "float32", 75)]
     with Compiler() as compiler:
-        (found,) = gpu_report.compile_all(todo, compiler, lambda what: None)
+        (found,) = different(gpu_report.compile_all(todo, compiler, lambda what: None))
     assert "65536 bytes of shared memory" in str(found.error)
     assert failures(found) == {"does not compile": 1}
 
 
 def test_names_count_a_kernels_launches() -> None:
-    assert names(gpu_report.launches(Size(16, (16, 8), batch=2), "float32", 99 << 10))[:3] == [
-        "moments",
-        "moments 2",
-        "forward",
-    ]
+    called = gpu_report.calls(Size(16, (16, 8), batch=2), "float32", 99 << 10)
+    assert names(called.training)[:3] == ["moments", "moments 2", "forward"]
+    assert names(called.inference) == ["forward"]
     assert captured(lambda: None) == []

@@ -271,7 +271,7 @@ def first_chunk(tile, folded, h, BC: tl.constexpr, BD: tl.constexpr, WIDE: tl.co
     d = tl.arange(0, BD)
     if WIDE:
         z = tl.zeros((pos.shape[0], h.shape[0]), tl.float32)
-        for d0 in tl.range(0, dim, BD):
+        for d0 in tl.range(0, dim, BD, num_stages=2):  # copied to shared memory while the last one is multiplied
             e = d0 + d
             k_slice = load_rows(k_ptr, start, pos, row_stride, e, ok, dim)
             q_slice = load_query(q_ptr, c, q_stride, e, ok, dim, BC)

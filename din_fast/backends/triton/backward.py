@@ -6,6 +6,7 @@
 ``layer_kernel``            one layer, program = (group of candidates, chunk of hidden units): sums for batch statistics
                             and slopes, the gradient of the weight above, d z for the layer below; of the first
                             layer the gradients of A_k, A_p, q and c
+``complete_kernel``         d z of a layer as the layer below needs it
 ``history_kernel``          d k, program = (users, tile), summed over a user's candidates in order
 
 No atomics: what is summed over positions stays in a program's registers, programs write partial sums in a fixed
@@ -25,6 +26,8 @@ from din_fast.backends.triton import tiling
 from din_fast.backends.triton.arithmetic import (
     CENTER,
     DICE_ROW,
+    E0,
+    E1,
     POOL_MEAN_VALID,
     SCORE,
     SCORE_PRELU,
@@ -58,6 +61,7 @@ from din_fast.backends.triton.operands import OPTIONS, Call, on_device
 from din_fast.fold import SUMS
 
 TAKEN = tl.constexpr(6)  # the rows of the op's `sums`, and d of the score's weight
+COMPLETE = 1024  # elements of a program of complete_kernel
 ROW = tl.constexpr(4)  # row Dice: mean, 1 / sqrt(sum of squares + H eps), mean of dx, sum of dx x
 
 
@@ -204,26 +208,21 @@ def z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, FIRST, BC, BD, WIDE, 
 
 
 @triton.jit
-def above_piece(upper, first, pos, ok, AT: tl.constexpr, N: tl.constexpr, LD: tl.constexpr, ANSWER: tl.constexpr):
-    """d z of the layer above, complete, columns AT..; beyond its units the table's zeros leave it zero."""
-    local_ptr, z_ptr, p_ptr, units = upper
-    h = AT + tl.arange(0, N)
-    dz = load_columns(local_ptr, first, pos, ok, units, h)
-    if ANSWER:
-        z = load_columns(z_ptr, first, pos, ok, units, h)
-        dz = answered(dz, z, ok, p_ptr, LD, h, True)
-    return dz
+def above_piece(dz_ptr, first, pos, ok, AT: tl.constexpr, N: tl.constexpr, LD: tl.constexpr):
+    """Columns AT.. of d z of the layer above, as complete_kernel left it."""
+    at = dz_ptr + (first + pos)[:, None] * LD + (AT + tl.arange(0, N))[None, :]
+    return tl.load(at, mask=ok[:, None], other=0.0)
 
 
 @triton.jit
-def above(upper, first, pos, ok, NA: tl.constexpr, NB: tl.constexpr, LAST: tl.constexpr, ANSWER: tl.constexpr):
+def above(dz_ptr, first, pos, ok, NA: tl.constexpr, NB: tl.constexpr, LAST: tl.constexpr):
     """d z of the layer above in pieces; zeros where there is none."""
     dza = tl.zeros((pos.shape[0], NA), tl.float32)
     dzb = dza
     if not LAST:
-        dza = above_piece(upper, first, pos, ok, 0, NA, NA + NB, ANSWER)
+        dza = above_piece(dz_ptr, first, pos, ok, 0, NA, NA + NB)
         if NB > 0:
-            dzb = above_piece(upper, first, pos, ok, NA, NB, NA + NB, ANSWER)
+            dzb = above_piece(dz_ptr, first, pos, ok, NA, NB, NA + NB)
     return dza, dzb
 
 
@@ -235,12 +234,11 @@ def from_above(
     if LAST:
         da = d_logit[:, None] * parameter(p_ptr, hp, SCORE, h)
     else:
-        dtype = w_ptr.dtype.element_ty
         at = h[:, None] * (NA + NB) + tl.arange(0, NA)[None, :]
-        da = tl.dot(dza.to(dtype), tl.trans(tl.load(w_ptr + at)), input_precision=PREC)
+        da = tl.dot(dza, tl.trans(tl.load(w_ptr + at)), input_precision=PREC)
         if NB > 0:
             at = h[:, None] * (NA + NB) + NA + tl.arange(0, NB)[None, :]
-            da = tl.dot(dzb.to(dtype), tl.trans(tl.load(w_ptr + at)), da, input_precision=PREC)
+            da = tl.dot(dzb, tl.trans(tl.load(w_ptr + at)), da, input_precision=PREC)
     return da
 
 
@@ -284,14 +282,11 @@ def row_kernel(
     below,
     factor,
     p_ptr,
-    units,
+    units: tl.constexpr,
     hp,
     z_ptr,
     w_ptr,
-    next_ptr,
-    next_units,
-    next_z_ptr,
-    next_local_ptr,
+    next_dz_ptr,
     eps,
     d_logit_ptr,
     row_ptr,
@@ -305,7 +300,6 @@ def row_kernel(
     NB: tl.constexpr,
     LAYER: tl.constexpr,
     LAST: tl.constexpr,
-    NEXT_ANSWER: tl.constexpr,
     RAGGED: tl.constexpr,
     LENGTHS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -320,7 +314,6 @@ def row_kernel(
     """(rows, 4): mean, inverse, mean of dx and sum of dx x of each row of the layer."""
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
     folded = (c_ptr, ak_ptr, ap_ptr, hp0)
-    upper = (next_local_ptr, next_z_ptr, next_ptr, next_units)
     c0 = tl.program_id(0).to(tl.int64) * BC
     c = tile_rows(c0, 0, BC, LP)[0]
     user, start, first, total, count = locate(seg, c, RAGGED, LENGTHS, GROUPS)
@@ -334,7 +327,7 @@ def row_kernel(
         if LAYER == 0:
             tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
         d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
-        dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
+        dza, dzb = above(next_dz_ptr, first, pos, ok, NA, NB, LAST)
         mean = tl.zeros((BC * LP,), tl.float32)
         m2 = mean
         for h0 in tl.range(0, hp, BH):
@@ -389,14 +382,11 @@ def layer_kernel(
     below,
     factor,
     p_ptr,
-    units,
+    units: tl.constexpr,
     hp,
     z_ptr,
     w_ptr,
-    next_ptr,
-    next_units,
-    next_z_ptr,
-    next_local_ptr,
+    next_dz_ptr,
     d_logit_ptr,
     row_ptr,
     local_ptr,
@@ -423,9 +413,9 @@ def layer_kernel(
     TAKE: tl.constexpr,
     WEIGHT: tl.constexpr,
     LOCAL: tl.constexpr,
+    LD: tl.constexpr,
     INPUTS: tl.constexpr,
     ANSWER: tl.constexpr,
-    NEXT_ANSWER: tl.constexpr,
     RAGGED: tl.constexpr,
     LENGTHS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -441,12 +431,11 @@ def layer_kernel(
 
     TAKE    sums (groups, 6, hp): dn (z - center), dn, dx (z - center), dx, d slope, d of the score's weight
     WEIGHT  dw (groups, hp, NA + NB) and db (groups, NA + NB) of the layer above
-    LOCAL   d z of this layer but for the answer of its batch statistics, (rows, units)
+    LOCAL   d z of this layer but for the answer of its batch statistics, rows of LD columns
     INPUTS  dak, dap (groups, dim, hp); dc (parts, C, hp); dq (chunks, parts, C, dim), what comes through A_p
     """
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
     folded = (c_ptr, ak_ptr, ap_ptr, hp0)
-    upper = (next_local_ptr, next_z_ptr, next_ptr, next_units)
     group = tl.program_id(0) // group_parts
     part = tl.program_id(0) % group_parts
     groups = tl.num_programs(0) // group_parts
@@ -485,7 +474,8 @@ def layer_kernel(
         dc = tl.zeros((BC, BH), tl.float32)
         dab = tl.zeros((BA, BH), tl.float32)  # one candidate: of its matrix
         dq = tl.zeros((BC, BA), tl.float32)
-        for l0 in tl.range(begin, end, LP):
+        # What does not change is left to L1, since there are no registers left; wide layers have more warps, and some.
+        for l0 in tl.range(begin, end, LP, disable_licm=NA + NB <= 128):
             pos = tile_rows(c0, l0, BC, LP)[1]
             ok = taking_part(seg, user, pos, count, (pos < total) & (pos < end), MASK, PADS)
             tile = (0.0, 0.0, k_ptr, start, pos, row_stride, ok, q_ptr, q_stride, c, dim)
@@ -493,7 +483,7 @@ def layer_kernel(
                 tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
             z = z_chunk(tile, folded, z_ptr, first, pos, ok, units, h, LAYER == 0, BC, BD, WIDE, PREC)
             d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
-            dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
+            dza, dzb = above(next_dz_ptr, first, pos, ok, NA, NB, LAST)
             da = from_above(d_logit, p_ptr, hp, h, dza, dzb, w_ptr, NA, NB, LAST, PREC)
             mean, inverse, mean_dx, dot_dx = row_numbers(row_ptr, first, pos, ok, ACT == DICE_ROW)
             factors = da
@@ -516,15 +506,14 @@ def layer_kernel(
                 if LAST:
                     s5 += tl.sum(d_logit[:, None] * y, 0)
             if WEIGHT:
-                dtype = w_ptr.dtype.element_ty
-                yt = tl.trans(tl.where(ok[:, None], y, 0.0).to(dtype))
-                wa = tl.dot(yt, dza.to(dtype), wa, input_precision=PREC)
-                ba += tl.sum(dza, 0)
+                yt = tl.trans(tl.where(ok[:, None], y, 0.0).to(w_ptr.dtype.element_ty))
+                wa = tl.dot(yt, dza, wa, input_precision=PREC)
+                ba += tl.sum(dza.to(tl.float32), 0)
                 if NB > 0:
-                    wb = tl.dot(yt, dzb.to(dtype), wb, input_precision=PREC)
-                    bb += tl.sum(dzb, 0)
+                    wb = tl.dot(yt, dzb, wb, input_precision=PREC)
+                    bb += tl.sum(dzb.to(tl.float32), 0)
             if LOCAL:
-                store_columns(local_ptr, first, pos, ok, units, dz, h)
+                store_columns(local_ptr, first, pos, ok, LD, dz.to(local_ptr.dtype.element_ty), h)
             if INPUTS:
                 dz = answered(dz, z, ok, p_ptr, hp, h, ANSWER)
                 dc += sum_rows(dz, BC, LP)
@@ -576,6 +565,35 @@ def layer_kernel(
         tl.store(dap_ptr + at, dap, mask=(e < dim)[:, None])
 
 
+# ---------------------------------------------------------------- a layer's d z, complete
+@triton.jit
+def complete_kernel(
+    local_ptr,
+    z_ptr,
+    p_ptr,
+    dz_ptr,
+    rows,
+    units: tl.constexpr,
+    LD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ANSWER: tl.constexpr,
+):
+    """d z of a layer, complete with its statistics' answer, (rows, LD) in the history's dtype; zeros beyond its units.
+
+    Once for all the chunks of the layer below, which read it as operands of their products.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = i // LD
+    h = (i % LD).to(tl.int32)
+    ok = (row < rows) & (h < units)
+    dz = tl.load(local_ptr + row * units + h, mask=ok, other=0.0)
+    if ANSWER:
+        z = tl.load(z_ptr + row * units + h, mask=ok, other=0.0)
+        center = tl.load(p_ptr + CENTER * LD + h)
+        dz -= (z - center) * tl.load(p_ptr + E1 * LD + h) + tl.load(p_ptr + E0 * LD + h)
+    tl.store(dz_ptr + i, dz.to(dz_ptr.dtype.element_ty), mask=row < rows)
+
+
 # ---------------------------------------------------------------- the history
 @triton.jit
 def history_kernel(
@@ -600,14 +618,11 @@ def history_kernel(
     below,
     factor,
     p_ptr,
-    units,
+    units: tl.constexpr,
     hp,
     z_ptr,
     w_ptr,
-    next_ptr,
-    next_units,
-    next_z_ptr,
-    next_local_ptr,
+    next_dz_ptr,
     d_logit_ptr,
     row_ptr,
     g_ptr,
@@ -628,7 +643,6 @@ def history_kernel(
     NB: tl.constexpr,
     LAST: tl.constexpr,
     ANSWER: tl.constexpr,
-    NEXT_ANSWER: tl.constexpr,
     POOLED: tl.constexpr,
     RAGGED: tl.constexpr,
     LENGTHS: tl.constexpr,
@@ -646,7 +660,6 @@ def history_kernel(
     """Program = (user or a tile's candidates, part of the history, slice of BA columns): d k, shaped as the history."""
     seg = (k_ptr, starts_ptr, lengths_ptr, mask_ptr, users_ptr, candidates, length, rows, user_stride, row_stride)
     folded = (c_ptr, ak_ptr, ap_ptr, hp0)
-    upper = (next_local_ptr, next_z_ptr, next_ptr, next_units)
     gradient = (g_ptr, g_stride, g_column)
     u0 = tl.program_id(0).to(tl.int64) * BC
     e = tl.program_id(2) * BA + tl.arange(0, BA)
@@ -681,7 +694,7 @@ def history_kernel(
             tile = enter_tile(seg, start, c, pos, ok, (q_ptr, q_stride), dim, BC, BD, WIDE)
             q = load_query(q_ptr, c, q_stride, e, ok, dim, BC)
             d_logit = tl.load(d_logit_ptr + first + pos, mask=ok, other=0.0)
-            dza, dzb = above(upper, first, pos, ok, NA, NB, LAST, NEXT_ANSWER)
+            dza, dzb = above(next_dz_ptr, first, pos, ok, NA, NB, LAST)
             mean, inverse, mean_dx, dot_dx = row_numbers(row_ptr, first, pos, ok, ACT == DICE_ROW)
             random = (seed_ptr, below, factor, first)
             dropout = dropout_rows(random, pos, 0, DROPOUT)
@@ -727,7 +740,8 @@ class Pass:
 
     Attributes:
         d_logit: of every row. local: d z, but for the answer of batch statistics, of the layers after the first that
-            were reached. d_weights: as the op's. All three are filled as the pass goes on, or by the caller.
+            have such statistics and were reached. d_weights: as the op's. All three are filled as the pass goes on, or
+            by the caller.
     """
 
     def __init__(
@@ -749,6 +763,7 @@ class Pass:
         self.d_logit = call.none
         self.d_score_slope = call.none
         self.local: dict[int, Tensor] = {}
+        self.complete: dict[int, Tensor] = {}  # d z, for the layer below
         self.d_weights: list[Tensor | None] = [None] * len(call.raw_weights)
         self.rows_of: dict[int, Tensor] = {}
         for i in range(call.layers):
@@ -823,11 +838,33 @@ class Pass:
         table, units, hp = call.tables[layer], call.units[layer], call.padded_units(layer)
         z = self.z.get(layer, none)
         if above == call.layers:
-            return table, units, hp, z, none, none, 1, none, none
-        return (
-            table, units, hp, z, call.weights[above - 1], call.tables[above], call.units[above], self.z[above],
-            self.local[above],
-        )  # fmt: skip
+            return table, units, hp, z, none, none
+        return table, units, hp, z, call.weights[above - 1], self._complete(above)
+
+    def _complete(self, layer: int) -> Tensor:
+        """d z of a layer after the first, (rows, padded units) in the history's dtype."""
+        if layer not in self.complete:
+            call = self.call
+            dz = self._empty_complete(layer)
+            if dz.numel():
+                with on_device(call.history):
+                    complete_kernel[(tiling.ceil_div(dz.numel(), COMPLETE),)](
+                        self.local[layer],
+                        self.z[layer],
+                        call.tables[layer],
+                        dz,
+                        call.rows,
+                        call.units[layer],
+                        LD=dz.shape[1],
+                        BLOCK=COMPLETE,
+                        ANSWER=self._has_answer(layer),
+                        **OPTIONS,
+                    )
+            self.complete[layer] = dz
+        return self.complete[layer]
+
+    def _empty_complete(self, layer: int) -> Tensor:
+        return self.call.empty(self.call.rows, self.call.padded_units(layer), dtype=self.call.history.dtype)
 
     def _flags(self, layer: int) -> dict[str, Any]:
         call = self.call
@@ -837,7 +874,6 @@ class Pass:
             "NA": na,
             "NB": nb,
             "LAST": layer + 1 == call.layers,
-            "NEXT_ANSWER": self._has_answer(layer + 1),
             "PADS": self.pads_are_input,
             **call.flags,
             **call.unit_flags,
@@ -876,8 +912,10 @@ class Pass:
         sums = call.empty(groups, TAKEN.value, hp) if take else none
         dw = call.empty(groups, hp, wide) if weight else none
         db = call.empty(groups, wide) if weight else none
+        d_z = none
         if not first:
-            self.local[layer] = call.empty(call.rows, call.units[layer])
+            d_z = call.empty(call.rows, call.units[layer]) if self._has_answer(layer) else self._empty_complete(layer)
+            (self.local if self._has_answer(layer) else self.complete)[layer] = d_z
         dak, dap, dc, dq = (none,) * 4
         if inputs:
             dak, dap = call.empty(groups, call.dim, hp), call.empty(groups, call.dim, hp)
@@ -896,7 +934,7 @@ class Pass:
                     *self._above(layer),
                     self.d_logit,
                     row,
-                    none if first else self.local[layer],
+                    d_z,
                     sums,
                     dw,
                     db,
@@ -912,6 +950,7 @@ class Pass:
                     TAKE=take,
                     WEIGHT=weight,
                     LOCAL=not first,
+                    LD=1 if first else d_z.shape[1],
                     INPUTS=inputs,
                     ANSWER=inputs and self._has_answer(layer),
                     **self._flags(layer),

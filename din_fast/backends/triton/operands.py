@@ -40,8 +40,15 @@ def on_device(t: Tensor) -> AbstractContextManager[Any]:
 def device_limits(device: torch.device) -> tiling.Limits:
     if device.type != "cuda":
         return tiling.Limits()
+    if torch.version.hip is not None:  # torch does not tell it there; all GPUs have as much
+        return tiling.Limits(64 << 10)
     properties = torch.cuda.get_device_properties(device)
     return tiling.Limits(getattr(properties, "shared_memory_per_block_optin", tiling.Limits().shared_memory))
+
+
+def has_matrix_unit(device: torch.device) -> bool:
+    """Whether Triton uses the device's matrix unit: on NVIDIA GPUs from sm_80."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @triton.jit
@@ -113,6 +120,7 @@ class Call:
             tuple(self.units),
             half,
             self.precision == "tf32",
+            has_matrix_unit(history.device),
             ragged,
             self.row_dice,
             candidate_offsets is not None,

@@ -31,6 +31,7 @@ class Shape:
         candidates: C. length: L, or, ragged, the mean length.
         dim: D. hidden_units: of the layers, one at least.
         half: bfloat16 or float16, else float32. tf32: whether float32 products use TF32.
+        matrix: whether Triton has the device's matrix unit multiply half types.
         ragged: lengths are known on the device only. row_dice: needs whole rows of a layer.
         grouped: candidates may share a history, which ones is known on the device only.
     """
@@ -41,6 +42,7 @@ class Shape:
     hidden_units: tuple[int, ...]
     half: bool = True
     tf32: bool = False
+    matrix: bool = True
     ragged: bool = False
     row_dice: bool = False
     grouped: bool = False
@@ -134,43 +136,84 @@ def too_large(dim: int, hidden_units: Sequence[int]) -> str | None:
     return None
 
 
+def _products(shape: Shape) -> str:
+    """What products are made of: operands in a half type, TF32, or float32 outside the matrix unit."""
+    if shape.half and shape.matrix:
+        return "half"
+    return "tf32" if shape.tf32 else "float32"
+
+
 def _columns(shape: Shape) -> tuple[int, bool]:
     """BD, and whether D is cut into slices: without the matrix unit, or beyond 128, a whole row spills."""
     whole = power_of_two(shape.dim, 16)
-    if not shape.half and not shape.tf32 and whole >= 64:
+    if _products(shape) == "float32" and whole >= 64:
         return (16 if whole == 64 else 32), True
     if whole > 128:
         return 64, True
     return whole, False
 
 
+def _widest(shape: Shape) -> int:
+    """The widest layer after the first, as it is held in registers; 0 where there is none."""
+    return max((sum(pieces(u)) for u in shape.hidden_units[1:]), default=0)
+
+
 def _forward_tile(shape: Shape, rows: bool) -> Tile:
     columns, wide = _columns(shape)
-    widest = max((sum(pieces(u)) for u in shape.hidden_units[1:]), default=0)
+    widest = _widest(shape)
     if rows:
         positions = power_of_two(shape.length)
         total = 64 if columns <= 32 else 32
         candidates = max(total // positions, 16 // positions, 1)
         return Tile(candidates, positions, CHUNK, columns, False, 2 if widest <= 64 else 4)
-    if widest > 128:
-        return Tile(1, 32, CHUNK, columns, wide, 8)
-    if widest > 64:
-        return Tile(1, 32, CHUNK, columns, wide, 4)
-    if wide:
-        return Tile(1, 64, CHUNK, columns, True, 4)
-    long = shape.length > 64 and columns <= 64 and len(shape.hidden_units) == 1 and not shape.row_dice
-    positions = 128 if long else 64
-    return Tile(1, min(positions, power_of_two(shape.length, 16)), CHUNK, columns, False, 2)
+    positions, warps = _forward_rows(shape, _products(shape), power_of_two(shape.dim, 16) <= 64, widest)
+    return Tile(1, min(positions, power_of_two(shape.length, 16)), CHUNK, columns, wide, warps)
 
 
 def _backward_tile(shape: Shape, rows: bool, forward: Tile) -> Tile:
     columns, wide = _columns(shape)
     if rows:
         return forward
-    widest = max((sum(pieces(u)) for u in shape.hidden_units[1:]), default=0)
-    narrow = columns >= 128 or wide or widest > 64
-    positions = min(32 if narrow else 64, power_of_two(shape.length, 16))
-    return Tile(1, positions, CHUNK, columns, wide, 4 if narrow else 2)
+    positions, warps = _backward_rows(shape, _products(shape), power_of_two(shape.dim, 16) <= 64, _widest(shape))
+    return Tile(1, min(positions, power_of_two(shape.length, 16)), CHUNK, columns, wide, warps)
+
+
+# Positions of a tile, and warps. Of those that compile without spills these are the fastest in the model of
+# bench/gpu_tiles.py, or within what it can tell: many rows a warp, until registers run out.
+def _forward_rows(shape: Shape, products: str, narrow: bool, widest: int) -> tuple[int, int]:
+    if widest > 128:
+        return (64 if products == "tf32" and narrow else 32), (4 if products == "half" else 8)
+    if widest > 64:
+        return 32, (2 if products == "tf32" else 4)
+    if products == "half":
+        return (128 if widest == 0 and narrow and not shape.row_dice else 64), 2
+    if products == "float32":
+        return (128 if narrow and widest <= 48 and not _masked(shape) else 64), 4
+    if widest == 0 and narrow and not shape.row_dice:
+        return 64, 2
+    many = narrow and widest <= 48 and not shape.row_dice and shape.length < LONG
+    return (128 if many else 64), 4
+
+
+def _backward_rows(shape: Shape, products: str, narrow: bool, widest: int) -> tuple[int, int]:
+    if widest > 128:
+        return 32, (4 if products == "half" else 8)
+    if products == "float32":
+        if narrow and 48 < widest <= 64:
+            return 64, 8
+        return (64 if narrow and 0 < widest <= 48 and not shape.row_dice else 32), 4
+    if widest > 64:
+        return (64 if products == "half" and narrow else 32), (2 if narrow else 4)
+    if products == "half":
+        return (64, 4 if _masked(shape) else 2) if narrow else (128, 8)
+    if not narrow:
+        return 32, 4
+    return (128 if widest <= 48 and not shape.row_dice and not _masked(shape) else 64), 4
+
+
+def _masked(shape: Shape) -> bool:
+    """Whether rows of the history are loaded number by number."""
+    return shape.dim % 16 > 0
 
 
 def plan(shape: Shape, limits: Limits | None = None) -> Plan:
