@@ -47,8 +47,14 @@ bench: .venv/ready
 	$(BIN)/python -m bench --quick
 	$(BIN)/python -m bench.serve
 
+# All sizes in use with the triton that is judged; the main ones with older versions, which are not.
 gpu-report: .venv/ready
-	$(BIN)/python -m bench.gpu_report --main
+	$(BIN)/python -m bench.gpu_report
+	$(MAKE) gpu-report-3.8.0 gpu-report-3.7.1
+
+gpu-report-%: .venv/ready
+	$(PIP) --no-deps --upgrade --target .venv/triton-$* triton==$*
+	PYTHONPATH=.venv/triton-$* $(BIN)/python -m bench.gpu_report --quick --out docs/gpu-report-triton-$*.md
 
 gpu-check: .venv/ready
 	$(BIN)/python -m bench.gpu_check

@@ -19,7 +19,9 @@ import torch
 
 from bench import contenders, gpu_check
 from bench.gpu_check import NUMBERS, Check, NotRun, Run, carry_out, left_out, readme, result_path
+from din_fast import FusedActivationUnit
 from din_fast.backends.triton import tiling
+from tests import truth
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,6 +175,46 @@ def test_the_clock_and_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert order == ["call", "event", "call", "event", "event", "call", "event", "wait"]
     order.clear()
     assert gpu.peak_bytes(call) == 150 and order == ["call", "wait", "reset", "call", "wait"]
+
+
+class Graph:
+    """A CUDA graph on the CPU: a replay makes the last call again and puts the result where the first one is."""
+
+    unit: FusedActivationUnit
+    works = True
+
+    def replay(self) -> None:
+        if self.works:
+            arguments, out = self.calls[0]
+            out.copy_(self.unit(*arguments[0], **arguments[1]))
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, torch.Tensor]] = []
+        self.unit.register_forward_hook(
+            lambda unit, args, kwargs, out: self.calls.append(((args, kwargs), out)), with_kwargs=True
+        )
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_graph_that_is_replayed_with_new_inputs(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a graph and streams that are not there: what is captured is compared with a call, and may differ."""
+    case = gpu_check.SUBJECTS[1].case(True, False)
+    unit = truth.fused_unit(case.spec, case.shape[2], "native").eval()
+    drawn = [truth.draw(case, seed, torch.float32) for seed in (0, 1)]
+    monkeypatch.setattr(Graph, "unit", unit, raising=False)
+    monkeypatch.setattr(Graph, "works", works)
+    monkeypatch.setattr(gpu_check, "evaluation", lambda run: (unit, drawn))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    run = Run(Fake())
+    with contextlib.nullcontext() if works else pytest.raises(AssertionError, match="the replay differs"):
+        assert gpu_check.check_graph(run) == "replayed with new inputs"
+    assert unit.last_backend == "native"
 
 
 SUMMARY = "========= ERROR SUMMARY: {} errors"
