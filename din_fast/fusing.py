@@ -165,9 +165,7 @@ def _judge(path: str, module: nn.Module, backend: str) -> tuple[FuseRow, type[Fu
     if isinstance(found, str) or left is not None:
         return FuseRow(path, _framework(module), host.__name__, None, left or ""), None
     fused, plan = found
-    note = ""
-    if any(layer.dropout for layer in plan.parameters.hidden):
-        note = "its dropout draws random numbers of its own"
+    note = "its dropout draws random numbers of its own" if plan.spec.dropout else ""
     return FuseRow(path, _framework(module), host.__name__, _became(plan, backend), note), fused
 
 
@@ -197,7 +195,7 @@ def _backend(plan: Plan, backend: str) -> str:
 
 def _became(plan: Plan, backend: str) -> str:
     spec = plan.spec
-    parts = [f"{plan.dim}x{len(spec.blocks)} -> {list(spec.hidden_units)}", spec.activation]
+    parts = [f"D {plan.dim}", f"hidden {list(spec.hidden_units)}", spec.activation]
     parts += ["batch norm"] if spec.batch_norm else []
     parts += [spec.score_activation + " score"] if spec.score_activation != "none" else []
     parts += ["softmax"] if spec.softmax else []

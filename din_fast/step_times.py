@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,9 +102,8 @@ def _time(form: str, model: nn.Module, calls: list[_Call], batch: Any, prepare: 
     whole = prepare(model)
 
     def units_step() -> None:
-        for name, args, kwargs in calls:
-            unit = units[name]
-            _step(unit, lambda unit=unit, args=args, kwargs=kwargs: [unit(*args, **kwargs)])
+        for c in calls:
+            _step(units[c.name], partial(_outputs, units[c.name], c))
 
     try:
         step = _median(lambda: _step(whole, lambda: call(whole, batch)))
@@ -111,6 +111,10 @@ def _time(form: str, model: nn.Module, calls: list[_Call], batch: Any, prepare: 
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().partition("\n")[0]
         return StepTime(form, math.nan, math.nan, f"torch.compile failed: {reason}")
+
+
+def _outputs(unit: nn.Module, c: _Call) -> list[Tensor]:
+    return [unit(*c.args, **c.kwargs)]
 
 
 def _step(module: nn.Module, forward: Callable[[], list[Tensor]]) -> None:

@@ -35,7 +35,12 @@ def compare(original: nn.Module, fused: nn.Module, batch: Any) -> str:
         batch: what :func:`call` takes.
     """
     truth = copy.deepcopy(original).double()
-    right = _step(truth, pytree.tree_map(_double, batch))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # what a model creates in its forward is float64, too
+    try:
+        right = _step(truth, pytree.tree_map(_double, batch))
+    finally:
+        torch.set_default_dtype(before)
     found = [_step(model, batch) for model in (original, fused)]
     rows: list[tuple[str, ...]] = [("", "largest value", "error before", "error fused")]
     for name, t in right.items():

@@ -205,7 +205,7 @@ class _Layer:
         if type(module) is nn.Dropout:
             self.dropout = module
         elif self.activation is not None:
-            raise Unsupported(f"{name} behind {type(self.activation).__name__}")
+            raise Unsupported(f"{type(self.activation).__name__} in front of {name}")
         elif isinstance(module, NORMS) and type(module) in NORMS and self.norm is None:
             self.norm = module
         else:
@@ -253,7 +253,10 @@ def read(
     _same("eps of Dice", [a.dice_eps for a in found])
     _same("slope", [a.negative_slope for a in found])
     _same("norm", [x.norm is not None for x in hidden])
-    _same("dropout", [0.0 if x.dropout is None else x.dropout.p for x in hidden])
+    dropouts = [0.0 if x.dropout is None else x.dropout.p for x in hidden]
+    _same("dropout", dropouts)
+    if hidden and dropouts[0] >= 1.0:
+        raise Unsupported("a dropout of everything")
     common = found[0] if found else identity
     score = identity if end.activation is None else activation(end.activation)
     if score.kind not in SCORE_KINDS or (score.slope is not None and score.slope.numel() != 1):
@@ -267,6 +270,7 @@ def read(
         dice_eps=common.dice_eps,
         negative_slope=common.negative_slope,
         score_activation=SCORE_KINDS[score.kind],
+        dropout=dropouts[0] if hidden and dropouts[0] else None,
         **fields,
     )
     layers_found = tuple([_hidden(x, a) for x, a in zip(hidden, found, strict=True)])
@@ -275,11 +279,7 @@ def read(
 
 def _hidden(layer: _Layer, activation: Activation) -> HiddenLayer:
     linear, dropout = layer.linear, layer.dropout
-    p = 0.0
-    if dropout is not None:
-        if dropout.p >= 1.0:
-            raise Unsupported("a dropout of everything")
-        p = dropout.p if dropout.training else 0.0
+    p = dropout.p if dropout is not None and dropout.training else 0.0
     return HiddenLayer(linear.weight, linear.bias, layer.norm, activation.gate_norm, activation.slope, p)
 
 
