@@ -11,6 +11,8 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from bench import peers
 from tests import easyrec_double
 
@@ -37,9 +39,12 @@ def load(module: str) -> Any:
         _install_double()
         return sys.modules[module]
     stubs, always = _STANDING_IN[package]
+    anomalies = torch.is_anomaly_enabled()
     with peers._standing_in(stubs, always), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the frameworks' own imports
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+    torch.autograd.set_detect_anomaly(anomalies)  # RecBole's sine.py turns it on for the whole process
+    return found
 
 
 def _install_double() -> None:
