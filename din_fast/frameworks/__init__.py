@@ -43,6 +43,9 @@ def register(recogniser: Recogniser) -> Recogniser:
 
     An example, for a unit that takes a target (B, D), a history (B, L, D) and a mask (B, L)::
 
+        from din_fast.frameworks.common import Fused, check_children, live, read, run
+
+
         class FusedMyAttention(Fused, MyAttention):
             framework = "in-house"
             host = MyAttention
