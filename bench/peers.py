@@ -1,7 +1,6 @@
 """The activation units of other frameworks, as installed, behind one calling form.
 
-Nothing of their code is patched. Where an import asks for a package that the unit never uses, an empty module stands in
-for it while the import runs, and is taken out again.
+Nothing of their code is patched; ``bench/hosts.py`` imports them.
 
 Names are those of :func:`din_fast.preset`: ``rechub`` (torch-rechub ``ActivationUnit``), ``fuxictr`` (FuxiCTR
 ``DIN_Attention``), ``deepctr`` (DeepCTR-Torch ``AttentionSequencePoolingLayer``).
@@ -9,17 +8,13 @@ Names are those of :func:`din_fast.preset`: ``rechub`` (torch-rechub ``Activatio
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bench import hosts
 
 PACKAGES = {"rechub": "torch-rechub", "fuxictr": "fuxictr", "deepctr": "deepctr-torch"}
 _FUXICTR_ACTIVATIONS = {
@@ -30,46 +25,9 @@ _FUXICTR_ACTIVATIONS = {
     "identity": "Identity",
 }
 
-_FUXICTR_STUBS: dict[str, dict[str, object]] = {
-    "h5py": {},
-    "polars": {},
-    "yaml": {},
-    "ray": {},
-    "ray.data": {"SaveMode": object, "TaskPoolStrategy": object},
-    "ray.data.datasource": {},
-    "ray.data.datasource.filename_provider": {"FilenameProvider": object},
-}
-# DeepCTR-Torch asks the package index for its newest version at import; this answer ends that without a word.
-_DEEPCTR_STUBS: dict[str, dict[str, object]] = {
-    "requests": {"get": lambda url: SimpleNamespace(status_code=None), "codes": SimpleNamespace(ok=200)}
-}
-
-
-@contextmanager
-def _standing_in(stubs: Mapping[str, Mapping[str, object]], always: bool = False) -> Iterator[None]:
-    """Put stubs in place of packages that are not installed (``always``: of installed ones too), then undo it."""
-    absent = [n for n in stubs if always or not _installed(n.partition(".")[0])]
-    before = {n: sys.modules[n] for n in absent if n in sys.modules}
-    for name in absent:
-        module = ModuleType(name)
-        vars(module).update(stubs[name])
-        sys.modules[name] = module
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
-def _installed(package: str) -> bool:
-    return package in sys.modules or importlib.util.find_spec(package) is not None
-
 
 def _load(module: str, name: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the frameworks' own imports
-        return getattr(importlib.import_module(module), name)
+    return getattr(hosts.load(module), name)
 
 
 def _known(name: str) -> None:
@@ -99,12 +57,10 @@ def build(
         act = nn.Identity if activation == "identity" else activation
         return unit(dim, dims=list(hidden_units), activation=act, use_softmax=softmax)
     if name == "fuxictr":
-        with _standing_in(_FUXICTR_STUBS):
-            unit = _load("fuxictr.pytorch.layers", "DIN_Attention")
+        unit = _load("fuxictr.pytorch.layers", "DIN_Attention")
         act = _FUXICTR_ACTIVATIONS[activation]
         return unit(dim, attention_units=list(hidden_units), hidden_activations=act, use_softmax=softmax)
-    with _standing_in(_DEEPCTR_STUBS, always=True):
-        unit = _load("deepctr_torch.layers.sequence", "AttentionSequencePoolingLayer")
+    unit = _load("deepctr_torch.layers.sequence", "AttentionSequencePoolingLayer")
     return unit(
         att_hidden_units=tuple(hidden_units),
         att_activation="linear" if activation == "identity" else activation,

@@ -48,6 +48,25 @@ def why_not_inputs(backend: str, history: Tensor, hidden_units: Sequence[int]) -
     return None if message is None else ValueError(message)
 
 
+def resolve(backend: str) -> str:
+    """The backend that is meant: ``auto`` means ``DIN_FAST_BACKEND`` where that is set.
+
+    Raises:
+        ValueError: an unknown name, in the argument or in ``DIN_FAST_BACKEND``.
+    """
+    check_name(backend)
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT) or "auto"
+        if backend not in BACKENDS:
+            raise ValueError(f"{ENVIRONMENT}: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+def fastest(device: torch.device) -> str:
+    """The backend that ``auto`` tries on a device."""
+    return "triton" if device.type == "cuda" else "native"
+
+
 def choose(backend: str, history: Tensor, hidden_units: Sequence[int] = ()) -> str:
     """The backend that runs: ``native``, ``triton`` or ``reference``.
 
@@ -56,11 +75,7 @@ def choose(backend: str, history: Tensor, hidden_units: Sequence[int] = ()) -> s
         TypeError: a dtype that the named backend does not have.
         RuntimeError: the backend that was named cannot run; the message says why.
     """
-    check_name(backend)
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT) or "auto"
-        if backend not in BACKENDS:
-            raise ValueError(f"{ENVIRONMENT}: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    backend = resolve(backend)
     device = history.device
     if backend != "auto":
         reason = why_not(backend, device)
@@ -70,10 +85,10 @@ def choose(backend: str, history: Tensor, hidden_units: Sequence[int] = ()) -> s
         if error is not None:
             raise error
         return backend
-    fastest = "triton" if device.type == "cuda" else "native"
-    objection = why_not(fastest, device) or why_not_inputs(fastest, history, hidden_units)
+    backend = fastest(device)
+    objection = why_not(backend, device) or why_not_inputs(backend, history, hidden_units)
     if objection is None:
-        return fastest
+        return backend
     reason = str(objection)
     if reason not in _told:
         _told.add(reason)

@@ -202,7 +202,7 @@ class BatchDice(nn.Module):
         return dice(z, self.bn(z), self.alpha)
 
 
-def _activation_module(units: int, spec: UnitSpec) -> nn.Module:
+def activation_module(units: int, spec: UnitSpec) -> nn.Module:
     if spec.activation == "dice_row":
         return RowDice(units, spec)
     if spec.activation == "dice_batch":
@@ -226,7 +226,7 @@ class MLP(nn.Module):
             modules.append(nn.Linear(inputs, units, bias=spec.hidden_bias))
             if spec.batch_norm:
                 modules.append(nn.BatchNorm1d(units))
-            modules.append(_activation_module(units, spec))
+            modules.append(activation_module(units, spec))
             if spec.dropout is not None:
                 modules.append(nn.Dropout(spec.dropout))
             inputs = units

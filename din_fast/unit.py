@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from din_fast import dispatch, functional, reference
-from din_fast.spec import UnitSpec, check_widths, preset
+from din_fast.frameworks.common import Plan
+from din_fast.fusing import plan_of
+from din_fast.spec import HiddenLayer, UnitSpec, check_widths, preset
 
 
 class FusedActivationUnit(nn.Module):
@@ -67,6 +71,31 @@ class FusedActivationUnit(nn.Module):
         self.last_backend = None
         self.attention = reference.MLP(emb_dim, spec)
 
+    @classmethod
+    def from_module(cls, module: nn.Module, *, backend: str = "auto") -> FusedActivationUnit:
+        """One unit of a known framework as a unit of this class, with a copy of its weights and statistics.
+
+        For models that are to be rid of the framework; to fuse one in place, see :func:`din_fast.fuse`. What the
+        host's forward does around the unit stays behind: its argument order, its form of a mask, the windows of
+        TorchEasyRec's ``MultiWindowDINEncoder``, of which this is the scores.
+
+        Args:
+            module: a unit that :func:`din_fast.fuse` knows, fused or not. It is not changed.
+            backend: as for the class.
+
+        Raises:
+            ValueError: it is no known unit, or one that the kernels cannot do; the message says why. An unknown
+                backend.
+        """
+        found = plan_of(module)
+        if found is None or isinstance(found, str):
+            reason = found or f"{type(module).__name__} is not known"
+            raise ValueError(f"module: expected a unit that din_fast.fuse can fuse: {reason}")
+        plan = found[1]
+        unit = cls(plan.dim, spec=plan.spec, backend=backend)
+        unit.attention.mlp = _copied(plan)
+        return unit.train(module.training)
+
     def forward(
         self, history: Tensor, target: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
@@ -93,3 +122,45 @@ class FusedActivationUnit(nn.Module):
             f"emb_dim={self.emb_dim}, hidden_units={list(spec.hidden_units)}, activation={spec.activation}, "
             f"softmax={spec.softmax}, pooling={spec.pooling}{rest}, backend={self.backend}"
         )
+
+
+def _copied(plan: Plan) -> nn.Sequential:
+    """The MLP of :class:`FusedActivationUnit` with copies of a plan's parameters and norms."""
+    modules: list[nn.Module] = []
+    spec, parameters = plan.spec, plan.parameters
+    for layer in parameters.hidden:
+        modules.append(_linear(layer.weight, layer.bias))
+        if layer.norm is not None:
+            modules.append(copy.deepcopy(layer.norm))
+        modules.append(_activation(layer, spec))
+        if spec.dropout is not None:
+            modules.append(nn.Dropout(spec.dropout))
+    modules.append(_linear(parameters.weight, parameters.bias))
+    if parameters.score_slope is not None:
+        modules.append(_with_slope(nn.PReLU(), "weight", parameters.score_slope))
+    return nn.Sequential(*modules)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear
+
+
+def _activation(layer: HiddenLayer, spec: UnitSpec) -> nn.Module:
+    module = reference.activation_module(layer.weight.shape[0], spec)
+    if layer.gate_norm is not None:
+        module.bn = copy.deepcopy(layer.gate_norm)
+    if layer.slope is None:
+        return module
+    return _with_slope(module, "weight" if isinstance(module, nn.PReLU) else "alpha", layer.slope)
+
+
+def _with_slope(module: nn.Module, name: str, slope: Tensor) -> nn.Module:
+    setattr(module, name, nn.Parameter(slope.detach().clone().reshape(-1)))
+    if isinstance(module, nn.PReLU):
+        module.num_parameters = slope.numel()
+    return module

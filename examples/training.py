@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from din_fast import FusedActivationUnit
 from din_fast.data import Samples
+from din_fast.frameworks.common import Fused
 from din_fast.models import click_loss, click_probability
 
 EVALUATION_BATCH = 4096
@@ -48,5 +49,6 @@ def auc(model: nn.Module, samples: Samples) -> float:
 
 def backends(model: nn.Module) -> str:
     """Which backend ran the last call of the model's fused units, a dash where it has none."""
-    ran = {str(unit.last_backend) for unit in model.modules() if isinstance(unit, FusedActivationUnit)}
+    units = (unit for unit in model.modules() if isinstance(unit, (FusedActivationUnit, Fused)))
+    ran = {str(unit.last_backend) for unit in units}
     return ", ".join(sorted(ran)) or "-"

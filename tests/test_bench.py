@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench import __main__ as command
-from bench import contenders, parity, peers, timing
+from bench import contenders, hosts, parity, peers, timing
 from bench.contenders import Case, Contender
 from din_fast import preset, reference
 
@@ -103,20 +103,30 @@ def test_an_unknown_framework_is_named() -> None:
 def test_stand_ins_are_gone_after_the_import() -> None:
     for name in peers.PACKAGES:
         peers.build(name, DIM, HIDDEN)
-    for package in (*peers._FUXICTR_STUBS, *peers._DEEPCTR_STUBS):
+    hosts.load("recbole.model.layers")
+    for package in (name for stubs, _ in hosts.STANDING_IN.values() for name in stubs):
         assert package not in sys.modules or sys.modules[package].__spec__ is not None, f"{package} is still a stand-in"
 
 
 def test_a_stand_in_gives_the_real_module_back(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ModuleType("loaded_before")
     monkeypatch.setitem(sys.modules, "loaded_before", real)
-    with peers._standing_in({"loaded_before": {"x": 1}, "never_there": {}}, always=True):
+    with hosts.standing_in({"loaded_before": {"x": 1}, "never_there": {}}, always=True):
         assert sys.modules["loaded_before"].x == 1
         assert "never_there" in sys.modules
     assert sys.modules["loaded_before"] is real
     assert "never_there" not in sys.modules
-    with peers._standing_in({"loaded_before": {"x": 1}}):
+    with hosts.standing_in({"loaded_before": {"x": 1}}):
         assert sys.modules["loaded_before"] is real
+
+
+def test_recbole_s_import_leaves_anomaly_detection_off() -> None:
+    hosts.load("recbole.model.sequential_recommender.sine")
+    assert not torch.is_anomaly_enabled()
+    with pytest.raises(ZeroDivisionError), hosts.importing("recbole"):
+        torch.autograd.set_detect_anomaly(True)
+        raise ZeroDivisionError
+    assert not torch.is_anomaly_enabled()
 
 
 def test_weights_of_other_layers_are_not_copied() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import peers
 from din_fast import FusedActivationUnit, preset
+from tests import hosts
 from tests.truth import MASKINGS, Case, Inputs, draw, fused_unit, randomise
 
 B, L, D = 6, 9, 7
@@ -88,18 +88,8 @@ def test_a_preset_is_what_the_framework_computes(name: str, masking: str, traini
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-RECBOLE_STUBS: dict[str, dict[str, object]] = {
-    "colorlog": {},
-    "texttable": {"Texttable": object},
-    "colorama": {"init": object},
-    "torch.utils.tensorboard": {"SummaryWriter": object},
-}
-
-
 def recbole_unit(hidden: list[int], activation: str, softmax: bool) -> nn.Module:
-    with peers._standing_in(RECBOLE_STUBS, always=True):
-        layer = peers._load("recbole.model.layers", "SequenceAttLayer")
-    unit: nn.Module = layer(
+    unit: nn.Module = hosts.load("recbole.model.layers").SequenceAttLayer(
         torch.arange(L).view(1, -1), [4 * D, *hidden], activation, softmax_stag=softmax, return_seq_weight=False
     )
     return unit
