@@ -9,6 +9,7 @@ than by `latency`, what the caches keep) makes a real GPU slower, never faster, 
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,53 +243,46 @@ def shared_bytes(name: str) -> int:
 def work(instructions: Sequence[Instruction], code: Code, launch: Launch, capability: Capability, lanes: int) -> Work:
     """Count, on a chip. ``lanes``: of a warp."""
     gpu = GPUS[capability]
-    rounds = loop_trips(instructions, launch)
     at_once = max(occupancy(CHIPS[capability], code.registers, code.shared, code.warps).warps // code.warps, 1)
     room = (gpu.cache << 10) - (0 if isinstance(capability, str) else at_once * code.shared)
     keeps_weights = argument_bytes(launch.arguments, WEIGHTS) <= room
-    programs = 1
-    for n in launch.grid:
-        programs *= n
-    sums = dict.fromkeys(("instructions", "matrix", "fma", "special", "l1", "l2", "clocks"), 0.0)
-    known = True
-    loads: dict[int, float] = {}
-    for i in instructions:
-        times = 1.0
-        for n in i.loops:
-            times *= rounds[n]
-        if lanes == 32 or _VECTOR.match(i.name):
-            sums["instructions"] += times
-        if is_matrix(i.name):
-            each = macs(i.name)
-            known = known and each is not None
-            sums["matrix"] += times * (each or 0)
-        sums["fma"] += times * (2 if "FFMA2" in i.name else 1) * (_FLOAT.match(i.name) is not None)
-        sums["special"] += times * is_special(i.name)
-        through = (load_bits(i.name) or store_bits(i.name) or 0) // 8
-        in_l1 = through > 0 and keeps_weights and any(source.has(i) for source in weight_loads())
-        if not in_l1:
-            sums["l2"] += times * lanes * through
-        sums["l1"] += times * lanes * (through + shared_bytes(i.name))
-        sums["clocks"] += times * (NEXT + BARRIER * (i.name.startswith("BAR.SYNC") or i.name == "s_barrier"))
-        if load_bits(i.name) and not is_asynchronous(i.name):
-            around = i.loops[-1] if i.loops else -1
-            loads[around] = max(loads.get(around, 0), times * (WEIGHT_LOADS if in_l1 else LOADS))
+    one = _warp(instructions, loop_trips(instructions, launch), lanes, keeps_weights)
+    programs = math.prod(launch.grid)
+    known = all(macs(i.name) is not None for i in instructions if is_matrix(i.name))
+    every = {what: n * code.warps * programs for what, n in one.items() if what not in ("clocks", "matrix")}
     return Work(
-        instructions=sums["instructions"] * code.warps * programs,
-        matrix=sums["matrix"] * code.warps * programs if known else None,
-        fma=sums["fma"] * code.warps * programs,
-        special=sums["special"] * code.warps * programs,
-        l1=sums["l1"] * code.warps * programs,
-        l2=sums["l2"] * code.warps * programs,
+        **every,
+        matrix=one["matrix"] * code.warps * programs if known else None,
         memory=argument_bytes(launch.arguments),
-        clocks=sums["clocks"] + sum(loads.values()),
+        clocks=one["clocks"],
         waves=max(1.0, programs / (gpu.processors * at_once)),
     )
 
 
-WEIGHTS = frozenset(
-    {"ak_ptr", "ap_ptr", "w_ptr", "w1_ptr", "w2_ptr", "p_ptr", "p0_ptr", "p1_ptr", "p2_ptr", "next_ptr"}
-)
+def _warp(
+    instructions: Sequence[Instruction], rounds: Mapping[int, float], lanes: int, keeps_weights: bool
+) -> dict[str, float]:
+    """What one warp of one program does, by the names of Work's attributes."""
+    sums = dict.fromkeys(("instructions", "matrix", "fma", "special", "l1", "l2", "clocks"), 0.0)
+    loads: dict[int, float] = {}  # clocks that each loop waits for its loads
+    for i in instructions:
+        times = math.prod(rounds[n] for n in i.loops)
+        through = lanes * (load_bits(i.name) or store_bits(i.name) or 0) // 8
+        in_l1 = through > 0 and keeps_weights and any(source.has(i) for source in weight_loads())
+        sums["instructions"] += times * (lanes == 32 or _VECTOR.match(i.name) is not None)
+        sums["matrix"] += times * (is_matrix(i.name) and (macs(i.name) or 0))
+        sums["fma"] += times * (2 if "FFMA2" in i.name else 1) * (_FLOAT.match(i.name) is not None)
+        sums["special"] += times * is_special(i.name)
+        sums["l1"] += times * (through + lanes * shared_bytes(i.name))
+        sums["l2"] += times * through * (not in_l1)
+        sums["clocks"] += times * (NEXT + BARRIER * (i.name.startswith("BAR.SYNC") or i.name == "s_barrier"))
+        if load_bits(i.name) and not is_asynchronous(i.name):
+            around = i.loops[-1] if i.loops else -1
+            loads[around] = max(loads.get(around, 0), times * (WEIGHT_LOADS if in_l1 else LOADS))
+    return sums | {"clocks": sums["clocks"] + sum(loads.values())}
+
+
+WEIGHTS = frozenset({"ak_ptr", "ap_ptr", "w_ptr", "w1_ptr", "w2_ptr", "p_ptr", "p0_ptr", "p1_ptr", "p2_ptr"})
 
 
 @cache
