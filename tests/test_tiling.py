@@ -16,6 +16,13 @@ def shape(
     return Shape(candidates, length, dim, hidden, **more)
 
 
+def test_without_a_matrix_unit_half_types_go_in_slices_as_float32_does() -> None:
+    for dim in (64, 128):
+        half, full = (plan(shape(dim=dim, hidden=(80, 40), half=half, matrix=False)) for half in (True, False))
+        assert half == full and half.forward.wide and half.backward.wide
+        assert not plan(shape(dim=dim, hidden=(80, 40))).forward.wide
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [

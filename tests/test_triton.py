@@ -141,3 +141,31 @@ def test_the_error_of_the_fast_sigmoid_is_within_the_rule(
         monkeypatch.setattr(torch, "sigmoid", exact)
         comparison.add(right, own, rounded(found, dtype))
     comparison.check()
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "hip", "limit", "matrix"),
+    [
+        ((7, 5), 65536, None, 65536, False),
+        ((8, 0), 166912, None, 166912, True),
+        ((12, 0), 101376, None, 101376, True),
+        ((9, 4), None, "6.4", 65536, True),
+    ],
+)
+def test_what_tiling_is_told_of_a_device(
+    capability: tuple[int, int],
+    shared: int | None,
+    hip: str | None,
+    limit: int,
+    matrix: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A T4, an A100, a 5090, an MI300: for the last, torch has no number."""
+    from din_fast.backends.triton import operands
+
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert operands.device_limits(CUDA).shared_memory == limit
+    assert operands.has_matrix_unit(CUDA) == matrix
