@@ -243,8 +243,10 @@ class Compiler:
 
     def compile(self, launches: Iterable[Launch], capability: Capability) -> list[Compiled]:
         """Compile what differs in kernel, types, constants or options, once each; errors are in the results."""
-        different = {repr(_source(launch, capability)): launch for launch in reversed(list(launches))}
-        return self.compile_each(list(reversed(different.values())), capability)
+        different: dict[str, Launch] = {}
+        for launch in launches:
+            different.setdefault(repr(_source(launch, capability)), launch)
+        return self.compile_each(different.values(), capability)
 
     def compile_each(self, launches: Iterable[Launch], capability: Capability) -> list[Compiled]:
         """The same, with a result for each launch."""
