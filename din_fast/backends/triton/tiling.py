@@ -178,8 +178,8 @@ def _backward_tile(shape: Shape, rows: bool, forward: Tile) -> Tile:
     return Tile(1, min(positions, power_of_two(shape.length, 16)), CHUNK, columns, wide, warps)
 
 
-# Positions of a tile, and warps. Of those that compile without spills these are the fastest in the model of
-# bench/gpu_tiles.py, or within what it can tell: many rows a warp, until registers run out.
+# Positions of a tile, and warps, after what bench/gpu_tiles.py ranked best in its model on sm_80, one rule for all
+# chips: many rows a warp, until registers run out. docs/status.md says where other tiles would be better.
 def _forward_rows(shape: Shape, products: str, narrow: bool, widest: int) -> tuple[int, int]:
     if widest > 128:
         return (64 if products == "tf32" and narrow else 32), (4 if products == "half" else 8)
