@@ -245,15 +245,24 @@ class Found:
         return self.training + self.inference
 
 
+def rows_of(launched: Sequence[Launch], task: Task, compiler: Compiler, threads: ThreadPoolExecutor) -> list[Row]:
+    """A row for each launch; each kernel is compiled once."""
+    compiled = compiler.compile_each(launched, task.capability)
+    return list(threads.map(lambda f, name: row(f, task.size, task.kind, name), compiled, names(launched)))
+
+
+def has_matrix_unit(capability: Capability) -> bool:
+    """Whether Triton uses the chip's matrix unit."""
+    return capability != 75
+
+
 def compile_task(task: Task, compiler: Compiler, threads: ThreadPoolExecutor) -> Found:
     """Compile all launches of a task, each kernel once."""
     try:
-        called = calls(task.size, task.kind, CHIPS[task.capability].program_shared, task.capability != 75)
+        called = calls(task.size, task.kind, CHIPS[task.capability].program_shared, has_matrix_unit(task.capability))
     except ValueError as error:  # din_fast has no tile that fits into the chip's shared memory
         return Found(task, [], [Row(task.capability, str(task.size), task.kind, "all", error=str(error))])
-    launched = called.training + called.inference
-    compiled = compiler.compile_each(launched, task.capability)
-    rows = list(threads.map(lambda f, name: row(f, task.size, task.kind, name), compiled, names(launched)))
+    rows = rows_of(called.training + called.inference, task, compiler, threads)
     return Found(task, rows[: len(called.training)], rows[len(called.training) :])
 
 
@@ -301,7 +310,7 @@ def _copies(capability: Capability) -> bool:
 
 def _needs_matrix(r: Row) -> bool:
     """float32 as it is has no matrix unit on NVIDIA GPUs; for sm_75 Triton uses none."""
-    return r.products and r.kind != "float32" and r.capability != 75
+    return r.products and r.kind != "float32" and has_matrix_unit(r.capability)
 
 
 def gate(rows: Iterable[Row], pinned: Mapping[str, Mapping[str, int]]) -> list[str]:

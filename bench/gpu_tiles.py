@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.ahead_of_time import WORKERS, Capability, Compiler, Launch, gpu_name
-from bench.gpu_report import KINDS, MAIN, OTHERS, Row, Size, calls, failures, row
+from bench.gpu_report import KINDS, MAIN, OTHERS, Size, Task, calls, failures, has_matrix_unit, rows_of
 from bench.machine_code import CHIPS
 from din_fast.backends.triton import tiling, tuned
 from din_fast.backends.triton.tiling import Limits, Plan, Shape, Tile
@@ -52,7 +52,7 @@ def usual(size: Size, kind: str, chips: Sequence[Capability]) -> tuple[Shape, Pl
     """What tiling chooses on chips with as much shared memory as all of these have."""
     limit = min(CHIPS[chip].program_shared for chip in chips)
     with tuned.trying(None) as trial:
-        calls(size, kind, limit)
+        calls(size, kind, limit, has_matrix_unit(chips[0]))
     assert trial.seen is not None
     return trial.seen[0], tiling.plan(trial.seen[0], Limits(limit))
 
@@ -70,10 +70,10 @@ def tiles(shape: Shape, own: Tile, limit: int) -> list[Tile]:
     return found
 
 
-def launches(size: Size, kind: str, part: str, pair: tuple[Tile, Tile], limit: int) -> list[Launch]:
+def launches(size: Size, kind: str, part: str, pair: tuple[Tile, Tile], limit: int, matrix: bool) -> list[Launch]:
     """The kernels whose tiles are tried."""
     with tuned.trying(pair):
-        called = calls(size, kind, limit)
+        called = calls(size, kind, limit, matrix)
     every = called.training + called.inference
     return [f for f in every if "BC" in f.arguments and (f.kernel.__name__ in FORWARD) == (part == "forward")]
 
@@ -87,17 +87,14 @@ def trials(size: Size, kind: str, chips: Sequence[Capability], compiler: Compile
             continue
         for tile in tiles(shape, own, limit):
             pair = (tile, plan.backward) if part == "forward" else (plan.forward, tile)
-            launched = launches(size, kind, part, pair, limit)
-            rows = {chip: _rows(launched, size, kind, chip, compiler) for chip in chips}
-            time = {chip: sum(r.modelled for r in found) or math.inf for chip, found in rows.items()}
+            launched = launches(size, kind, part, pair, limit, has_matrix_unit(chips[0]))
+            with ThreadPoolExecutor(WORKERS) as threads:
+                rows = {chip: rows_of(launched, Task(size, kind, chip), compiler, threads) for chip in chips}
+            if any(r.code is None for found in rows.values() for r in found):
+                continue  # it does not compile
+            time = {chip: sum(r.modelled for r in found) for chip, found in rows.items()}
             bad = {chip: sum(sum(failures(r).values()) for r in found) for chip, found in rows.items()}
             yield Trial(part, tile, tile == own, time, bad)
-
-
-def _rows(launched: list[Launch], size: Size, kind: str, chip: Capability, compiler: Compiler) -> list[Row]:
-    with ThreadPoolExecutor(WORKERS) as threads:
-        compiled = compiler.compile_each(launched, chip)
-        return list(threads.map(lambda f: row(f, size, kind, f.launch.kernel.__name__), compiled))
 
 
 def table(title: str, found: Sequence[Trial], chips: Sequence[Capability]) -> Table:
@@ -127,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chips", nargs="+", choices=known, default=["sm_80", "sm_90"], help="default: %(default)s")
     args = parser.parse_args(arguments)
     chips = [known[name] for name in args.chips]
+    if len({has_matrix_unit(chip) for chip in chips}) > 1:
+        parser.error("--chips: expected sm_75, where Triton uses no matrix unit, alone")
     console = Console(width=160)
     reasons = []
     todo = list(product(args.sizes, args.types))

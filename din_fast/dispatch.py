@@ -48,6 +48,12 @@ def why_not_inputs(backend: str, history: Tensor, hidden_units: Sequence[int]) -
     return None if message is None else ValueError(message)
 
 
+def objection(backend: str, history: Tensor, hidden_units: Sequence[int]) -> str | None:
+    """Why a backend cannot run these inputs, or not at all here; None where it can."""
+    found = why_not(backend, history.device) or why_not_inputs(backend, history, hidden_units)
+    return None if found is None else str(found)
+
+
 def resolve(backend: str) -> str:
     """The backend that is meant: ``auto`` means ``DIN_FAST_BACKEND`` where that is set.
 
@@ -86,10 +92,9 @@ def choose(backend: str, history: Tensor, hidden_units: Sequence[int] = ()) -> s
             raise error
         return backend
     backend = fastest(device)
-    objection = why_not(backend, device) or why_not_inputs(backend, history, hidden_units)
-    if objection is None:
+    reason = objection(backend, history, hidden_units)
+    if reason is None:
         return backend
-    reason = str(objection)
     if reason not in _told:
         _told.add(reason)
         warnings.warn(f"din_fast uses the plain PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -108,10 +107,6 @@ def run(
     if batch_statistics and not distributed.synchronised(parameters.hidden):
         segments.check_batch_statistics(segs, flat_query, spec.batch_stats == "valid")
     dropout = segments.check_dropout(parameters)
-    # Nobody takes the pooled vectors then, but a gradient of zeros for them, times NaN, would reach the history.
-    nan_weights = chosen != "reference" and spec.softmax and spec.empty == "nan" and spec.pooling == "none"
-    if nan_weights:
-        spec = replace(spec, empty="zeros")
     if chosen == "reference":
         pooled, weights = _reference(flat_query, segs, parameters, spec)
     else:
@@ -122,8 +117,6 @@ def run(
             pooled, weights = _with_gradient(chosen, flat_query, segs, parameters, spec, batch_statistics, dropout)
         else:
             pooled, weights = _infer(chosen, flat_query, segs, parameters, flat, spec)
-        if nan_weights:  # a softmax over nothing is the one whose weights are all zero
-            weights = weights.masked_fill(weights.detach().sum(dim=-1, keepdim=True) == 0, torch.nan)
         if parameters.score_slope is not None:
             # The ops give the scores before their PReLU, whose gradient needs them.
             weights = reference.weights_of(weights, None, spec, fold.wide(parameters.score_slope))

@@ -180,11 +180,7 @@ def _no_gain(plan: Plan, backend: str) -> str | None:
     backend = _backend(plan, backend)
     if backend == "reference":
         return "the reference backend is no faster than the framework's own code"
-    why_not = dispatch.why_not(backend, history.device)
-    if why_not is None:
-        error = dispatch.why_not_inputs(backend, history, plan.spec.hidden_units)
-        why_not = None if error is None else str(error)
-    return why_not
+    return dispatch.objection(backend, history, plan.spec.hidden_units)
 
 
 def _backend(plan: Plan, backend: str) -> str:

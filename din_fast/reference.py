@@ -203,6 +203,7 @@ class BatchDice(nn.Module):
 
 
 def activation_module(units: int, spec: UnitSpec) -> nn.Module:
+    """The activation of a hidden layer of so many units, (..., units) -> (..., units), with fresh parameters."""
     if spec.activation == "dice_row":
         return RowDice(units, spec)
     if spec.activation == "dice_batch":

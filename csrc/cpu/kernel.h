@@ -873,7 +873,9 @@ template <class T> struct Backward {
     const Segment<T>& seg = work.seg;
     const T* p = pass.scores + seg.first_row + work.block * W;
     T weight[kBlock * W];
-    for (int l = 0; l < work.vectors * W; l++) weight[l] = l >= work.n ? T(0) : u.score_activation == kScorePrelu ? prelu(u, p[l]) : p[l];
+    // Where nobody pools, no weight counts: one of NaN (a softmax over nothing) must not either.
+    const int counting = pass.grad_pooled ? work.n : 0;
+    for (int l = 0; l < work.vectors * W; l++) weight[l] = l >= counting ? T(0) : u.score_activation == kScorePrelu ? prelu(u, p[l]) : p[l];
     for (int v = 0; v < work.vectors; v++) {
       const Vec<T> w = load(weight + v * W);
       for (int d = 0; d < call.Dp; d++) store(st.d_k + ((int64_t)v * call.Dp + d) * W, w * st.g[d]);

@@ -8,6 +8,7 @@ reads the modules that are there now.
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
@@ -73,13 +74,13 @@ class Fused(nn.Module):
     last_backend: str | None
 
     @staticmethod
+    @abstractmethod
     def plan(unit: Any) -> Plan:
         """Read a module of the host's class, fused or not.
 
         Raises:
             Unsupported: the kernels cannot do what the module does.
         """
-        raise NotImplementedError
 
 
 def swap(unit: Any, fused: type[Fused], backend: str) -> None:
