@@ -38,8 +38,7 @@ test-interpreter: .venv/ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 
 # The same on the oldest Triton that the kernels are for, and compiling them with it.
-test-oldest-triton: .venv/ready
-	$(PIP) --no-deps --upgrade --target .venv/triton-3.7.1 triton==3.7.1
+test-oldest-triton: .venv/triton-3.7.1/ready
 	PYTHONPATH=.venv/triton-3.7.1 $(BIN)/python -m pytest -q -n 2 tests/test_ahead_of_time.py
 	PYTHONPATH=.venv/triton-3.7.1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 
@@ -52,8 +51,7 @@ gpu-report: .venv/ready
 	$(BIN)/python -m bench.gpu_report
 	$(MAKE) gpu-report-3.8.0 gpu-report-3.7.1
 
-gpu-report-%: .venv/ready
-	$(PIP) --no-deps --upgrade --target .venv/triton-$* triton==$*
+gpu-report-%: .venv/triton-%/ready
 	PYTHONPATH=.venv/triton-$* $(BIN)/python -m bench.gpu_report --quick --out docs/gpu-report-triton-$*.md
 
 gpu-check: .venv/ready
@@ -84,4 +82,10 @@ clean:
 	$(PIP) "$(TORCH)" "$(TRITON)" "setuptools>=77" "pybind11>=2.12"
 	DIN_FAST_BUILD=cpu $(PIP) --no-build-isolation --editable ".[test,bench,demo]"
 	$(PIP) --no-deps -r tests/frameworks.txt
+	@touch $@
+
+# Another triton beside the one of .venv, for PYTHONPATH.
+.PRECIOUS: .venv/triton-%/ready
+.venv/triton-%/ready: .venv/ready
+	$(PIP) --no-deps --upgrade --target .venv/triton-$* triton==$*
 	@touch $@
