@@ -94,8 +94,13 @@ class Calls:
     inference: list[Launch]
 
 
-def calls(size: Size, kind: str, shared: int, matrix: bool = True) -> Calls:
-    """Those of a size on a device with this much shared memory a program, and with a matrix unit or without."""
+def limits(capability: Capability) -> tiling.Limits:
+    """What tiling is told of a chip."""
+    return tiling.Limits(CHIPS[capability].program_shared, gpu_name(capability))
+
+
+def calls(size: Size, kind: str, capability: Capability) -> Calls:
+    """Those of a size on a chip."""
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     spec = preset(size.preset, list(size.hidden_units), softmax=size.softmax)
     unit = FusedActivationUnit(size.dim, spec=spec, backend="triton").to(dtype)
@@ -112,8 +117,8 @@ def calls(size: Size, kind: str, shared: int, matrix: bool = True) -> Calls:
 
     with (
         patch.object(operands, "float32_precision", lambda: "tf32" if kind == "tf32" else "ieee"),
-        patch.object(operands, "device_limits", lambda device: tiling.Limits(shared)),
-        patch.object(operands, "has_matrix_unit", lambda device: matrix),
+        patch.object(operands, "device_limits", lambda device: limits(capability)),
+        patch.object(operands, "has_matrix_unit", lambda device: has_matrix_unit(capability)),
     ):
         return Calls(captured(step) if size.training else [], captured(infer))
 
@@ -259,7 +264,7 @@ def has_matrix_unit(capability: Capability) -> bool:
 def compile_task(task: Task, compiler: Compiler, threads: ThreadPoolExecutor) -> Found:
     """Compile all launches of a task, each kernel once."""
     try:
-        called = calls(task.size, task.kind, CHIPS[task.capability].program_shared, has_matrix_unit(task.capability))
+        called = calls(task.size, task.kind, task.capability)
     except ValueError as error:  # din_fast has no tile that fits into the chip's shared memory
         return Found(task, [], [Row(task.capability, str(task.size), task.kind, "all", error=str(error))])
     rows = rows_of(called.training + called.inference, task, compiler, threads)

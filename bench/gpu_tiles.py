@@ -1,145 +1,216 @@
 """``python -m bench.gpu_tiles``: the tiles that tiling could choose, by the model of time of bench/gpu_model.py.
 
-For a size in use and a type it compiles the kernels of the forward and of the backward with tiles of other rows and
-warps, for several chips. Of those that pass the gate of bench/gpu_report.py on all of them (or, where none does, spill
-least) the best has the lowest modelled time, as the geometric mean over the chips. ``*`` is what din_fast takes; the
-exit code is 1 where it is not the best, nor within SLACK of it. **A model, no measurement**: on a GPU, ``python -m
-din_fast.tune`` measures.
+For a size in use, a type and a chip it compiles the kernels of the forward and of the backward with tiles of other rows
+and warps. Of those that pass the gate of bench/gpu_report.py (or, where none does, spill least) the best has the lowest
+modelled time. ``*`` is what din_fast takes; the exit code is 1 where it is not the best, nor within SLACK of it, unless
+``--write`` puts the best into tiling's table. **A model, no measurement**: on a GPU, ``python -m din_fast.tune``
+measures.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
+from pathlib import Path
+from threading import Lock
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench.ahead_of_time import WORKERS, Capability, Compiler, Launch, gpu_name
-from bench.gpu_report import KINDS, MAIN, OTHERS, Size, Task, calls, failures, has_matrix_unit, rows_of
-from bench.machine_code import CHIPS
+from bench.ahead_of_time import WORKERS, Compiler, Launch, gpu_name
+from bench.gpu_report import KINDS, MAIN, OTHERS, Row, Task, calls, failures, row, tasks
 from din_fast.backends.triton import tiling, tuned
 from din_fast.backends.triton.tiling import Limits, Plan, Shape, Tile
 
-ROWS_AND_WARPS = ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))
+ROWS_AND_WARPS = ((64, 4), (64, 2), (128, 4), (32, 4), (64, 8), (128, 8), (32, 2))
 SLACK = 1.1  # what the model cannot tell apart
+PARTS = ("forward", "backward")
 FORWARD = ("moments_kernel", "forward_kernel")
+_capture = Lock()  # launches are recorded in place of Triton's own: one call at a time
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A tile of the forward or of the backward: on each chip the modelled microseconds, and what does not pass."""
+    """A tile: its modelled microseconds, and how much of what is not allowed there is; both at least so much where
+    another tile was already better (``given_up``). ``own``: what din_fast takes."""
 
-    part: str
     tile: Tile
     own: bool
-    time: dict[Capability, float]
-    bad: dict[Capability, int]
+    time: float
+    bad: int
+    given_up: bool = False
 
     @property
     def rank(self) -> tuple[int, float]:
         """The smallest is the best."""
-        return sum(self.bad.values()), math.exp(sum(map(math.log, self.time.values())) / len(self.time))
+        return self.bad, self.time
 
 
-def usual(size: Size, kind: str, chips: Sequence[Capability]) -> tuple[Shape, Plan]:
-    """What tiling chooses on chips with as much shared memory as all of these have."""
-    limit = min(CHIPS[chip].program_shared for chip in chips)
-    with tuned.trying(None) as trial:
-        calls(size, kind, limit, has_matrix_unit(chips[0]))
+@dataclass(frozen=True)
+class Search:
+    """What was found for a part of a size in a type on a chip, the best first."""
+
+    task: Task
+    part: str
+    key: str
+    trials: list[Trial]
+
+    def __str__(self) -> str:
+        return f"{gpu_name(self.task.capability)} {self.task.size} {self.task.kind} {self.part}"
+
+    @property
+    def own(self) -> Trial:
+        return next(t for t in self.trials if t.own)
+
+    def not_best(self) -> str | None:
+        """Why din_fast's own tile is not the best; None where it is, or within SLACK of it."""
+        best, own = self.trials[0], self.own
+        if own.bad > best.bad or own.time > SLACK * best.time:
+            return f"{self}: {_told(own.tile)} is modelled at {own.rank}, {_told(best.tile)} at {best.rank}"
+        return None
+
+
+def _told(tile: Tile) -> str:
+    return f"{tile.candidates}x{tile.positions}, {tile.warps} warps"
+
+
+def usual(task: Task) -> tuple[Shape, Plan, Limits]:
+    """What tiling chooses, and for what."""
+    with _capture, tuned.trying(None) as trial:
+        calls(task.size, task.kind, task.capability)
     assert trial.seen is not None
-    return trial.seen[0], tiling.plan(trial.seen[0], Limits(limit))
+    shape, limit, _ = trial.seen
+    return shape, tiling.plan(shape, limit), limit
 
 
-def tiles(shape: Shape, own: Tile, limit: int) -> list[Tile]:
+def tiles(shape: Shape, own: Tile, limit: Limits) -> list[Tile]:
     """The plan's own, and what else there could be."""
     found = [own]
     for rows, warps in ROWS_AND_WARPS:
-        if own.candidates == 1:
-            tile = replace(own, positions=rows, warps=warps)
-        else:
-            tile = replace(own, candidates=max(rows // own.positions, 1), warps=warps)
-        if tile not in found and tiling.shared_memory(shape, tile) <= limit:
+        tile = replace(own, positions=rows, warps=warps)
+        if tile not in found and tiling.shared_memory(shape, tile) <= limit.shared_memory:
             found.append(tile)
     return found
 
 
-def launches(size: Size, kind: str, part: str, pair: tuple[Tile, Tile], limit: int, matrix: bool) -> list[Launch]:
+def launches(task: Task, part: str, pair: tuple[Tile, Tile]) -> list[Launch]:
     """The kernels whose tiles are tried."""
-    with tuned.trying(pair):
-        called = calls(size, kind, limit, matrix)
+    with _capture, tuned.trying(pair):
+        called = calls(task.size, task.kind, task.capability)
     every = called.training + called.inference
     return [f for f in every if "BC" in f.arguments and (f.kernel.__name__ in FORWARD) == (part == "forward")]
 
 
-def trials(size: Size, kind: str, chips: Sequence[Capability], compiler: Compiler) -> Iterator[Trial]:
-    """All tiles of a size in a type."""
-    shape, plan = usual(size, kind, chips)
-    limit = min(CHIPS[chip].program_shared for chip in chips)
-    for part, own in (("forward", plan.forward), ("backward", plan.backward)):
-        if part == "backward" and not size.training:
-            continue
-        for tile in tiles(shape, own, limit):
-            pair = (tile, plan.backward) if part == "forward" else (plan.forward, tile)
-            launched = launches(size, kind, part, pair, limit, has_matrix_unit(chips[0]))
-            with ThreadPoolExecutor(WORKERS) as threads:
-                rows = {chip: rows_of(launched, Task(size, kind, chip), compiler, threads) for chip in chips}
-            if any(r.code is None for found in rows.values() for r in found):
-                continue  # it does not compile
-            time = {chip: sum(r.modelled for r in found) for chip, found in rows.items()}
-            bad = {chip: sum(sum(failures(r).values()) for r in found) for chip, found in rows.items()}
-            yield Trial(part, tile, tile == own, time, bad)
+def measure(tile: Tile, launched: Sequence[Launch], task: Task, compiler: Compiler, best: Trial | None) -> Trial | None:
+    """The tile's trial, given up as soon as it is worse than the best; None where it does not compile."""
+    trial = Trial(tile, best is None, 0.0, 0)
+    for launch in launched:
+        (compiled,) = compiler.compile_each([launch], task.capability)
+        found: Row = row(compiled, task.size, task.kind, launch.kernel.__name__)
+        if found.code is None:
+            return None
+        bad = sum(failures(found).values())
+        trial = replace(trial, time=trial.time + found.modelled, bad=trial.bad + bad)
+        if best is not None and trial.rank > best.rank:
+            return replace(trial, given_up=True)
+    return trial
 
 
-def table(title: str, found: Sequence[Trial], chips: Sequence[Capability]) -> Table:
+def search(task: Task, part: str, compiler: Compiler) -> Search | None:
+    """Try all tiles, din_fast's own first; None where there is nothing to choose."""
+    try:
+        shape, plan, limit = usual(task)
+    except ValueError:  # no tile fits into the chip's shared memory
+        return None
+    if part == "backward" and not task.size.training:
+        return None
+    own = plan.forward if part == "forward" else plan.backward
+    found: list[Trial] = []
+    for tile in tiles(shape, own, limit):
+        pair = (tile, plan.backward) if part == "forward" else (plan.forward, tile)
+        best = min(found, key=lambda t: t.rank, default=None)
+        trial = measure(tile, launches(task, part, pair), task, compiler, best)
+        if trial is None and not found:
+            return None  # din_fast's own does not compile: bench/gpu_report.py tells
+        if trial is not None:
+            found.append(trial)
+    return Search(task, part, tiling.key(shape), sorted(found, key=lambda t: (t.given_up, t.rank)))
+
+
+def table(found: Search) -> Table:
     """The tiles, the best first."""
-    shown = Table("part", "tile, warps", *(gpu_name(chip) for chip in chips), title=title)
-    for t in found:
-        cells = [f"{t.time[chip]:.0f} us" + (f", {t.bad[chip]} bad" if t.bad[chip] else "") for chip in chips]
-        shown.add_row(t.part, f"{t.tile.candidates}x{t.tile.positions}, {t.tile.warps}{' *' if t.own else ''}", *cells)
+    shown = Table("tile", "modelled us", "not allowed", title=str(found).replace("[", "\\["))
+    for t in found.trials:
+        least = "> " if t.given_up else ""
+        shown.add_row(_told(t.tile) + (" *" if t.own else ""), f"{least}{t.time:.0f}", str(t.bad))
     return shown
 
 
-def not_best(found: Sequence[Trial]) -> str | None:
-    """Why din_fast's own tile is not the best of a part, found in order; None where it is, or within SLACK of it."""
-    best, own = found[0], next(t for t in found if t.own)
-    if own.rank[0] > best.rank[0] or own.rank[1] > SLACK * best.rank[1]:
-        return f"{own.part}: {own.tile} is modelled at {own.rank}, {best.tile} at {best.rank}"
-    return None
+def write(found: Iterable[Search], path: Path = tiling.TABLE) -> None:
+    """Put the best tiles into tiling's table, where its own are not."""
+    now = json.loads(path.read_text(encoding="utf-8"))
+    for f in found:
+        chip = now.setdefault(gpu_name(f.task.capability), {})
+        if f.not_best():
+            best = f.trials[0].tile
+            chip.setdefault(f.key, {})[f.part] = [best.positions, best.warps]
+    path.write_text(_json(now), encoding="utf-8")
+    tiling.forget()
+
+
+def _json(chips: dict[str, dict[str, dict[str, list[int]]]]) -> str:
+    """A line for each size."""
+    lines = []
+    for chip, sizes in sorted(chips.items()):
+        inner = [f"  {json.dumps(size)}: {json.dumps(tile)}" for size, tile in sorted(sizes.items())]
+        lines.append(f" {json.dumps(chip)}: {{" + ("\n" + ",\n".join(inner) + "\n }" if inner else "}"))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    named = {str(size): size for size in MAIN + OTHERS}
+    sizes = {str(size): size for size in MAIN + OTHERS}
     known = {gpu_name(chip): chip for chip in KINDS}
+    usual_chips = [name for name in known if name != "sm_89"]  # it has the tiles of sm_86, and its code
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_tiles", description=__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=named, default=list(named), metavar="SIZE", help="default: all")
-    parser.add_argument("--types", nargs="+", default=["bfloat16", "tf32", "float32"], help="default: %(default)s")
-    parser.add_argument("--chips", nargs="+", choices=known, default=["sm_80", "sm_90"], help="default: %(default)s")
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes), metavar="SIZE", help="default: all")
+    parser.add_argument("--types", nargs="+", help="default: those of the report, one half type")
+    parser.add_argument("--chips", nargs="+", choices=known, default=usual_chips, help="default: %(default)s")
+    parser.add_argument("--write", action="store_true", help="put better tiles into tiling's table")
     args = parser.parse_args(arguments)
-    chips = [known[name] for name in args.chips]
-    if len({has_matrix_unit(chip) for chip in chips}) > 1:
-        parser.error("--chips: expected sm_75, where Triton uses no matrix unit, alone")
-    console = Console(width=160)
-    reasons = []
-    todo = list(product(args.sizes, args.types))
-    with Compiler() as compiler, Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        for name, kind in bar.track(todo):
-            found = sorted(trials(named[name], kind, chips, compiler), key=lambda t: (t.part, t.rank))
-            console.print(table(f"{name} {kind}".replace("[", "\\["), found, chips))
-            for part in dict.fromkeys(t.part for t in found):
-                if reason := not_best([t for t in found if t.part == part]):
-                    reasons.append(f"{name} {kind} {reason}")
-    console.print(
-        "\n".join([*reasons, f"{len(todo)} sizes and types, {len(reasons)} tiles are not the best"]), markup=False
-    )
-    return 1 if reasons else 0
+    console = Console(width=120)
+    todo = [
+        (task, part)
+        for task in tasks([sizes[name] for name in args.sizes], [known[name] for name in args.chips])
+        if (task.kind in args.types if args.types else task.kind != "float16" or task.capability == 75)
+        for part in PARTS
+    ]
+    done: list[Search] = []
+    with (
+        Compiler() as compiler,
+        ThreadPoolExecutor(WORKERS) as threads,
+        Progress(console=console, transient=True) as bar,
+    ):
+        searches = threads.map(partial(lambda c, job: search(*job, c), compiler), todo)
+        for found in bar.track(searches, total=len(todo)):
+            if found is None:
+                continue
+            console.print(table(found))
+            done.append(found)
+            if args.write:
+                write([found])
+    reasons = [reason for f in done if (reason := f.not_best())]
+    lines = [*reasons, f"{len(done)} tiles, {len(reasons)} are not the best"]
+    if args.write:
+        lines.append(f"the best are now in {tiling.TABLE.name}: run it again")
+    console.print("\n".join(lines), markup=False)
+    return 1 if reasons and not args.write else 0
 
 
 if __name__ == "__main__":

@@ -279,8 +279,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_a_tile_that_spills_fails(cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     size = Size(64, (36,), batch=4, training=False)
     huge = tiling.Tile(1, 256, tiling.CHUNK, 64, False, 1)
-    monkeypatch.setattr(tiling, "_forward_tile", lambda shape, rows: huge)
-    (launch,) = gpu_report.calls(size, "bfloat16", CHIPS[80].program_shared).inference
+    monkeypatch.setattr(tiling, "_forward_tile", lambda shape, rows, chip: huge)
+    (launch,) = gpu_report.calls(size, "bfloat16", 80).inference
     found = gpu_report.row(compile_launch(launch, 80), size, "bfloat16", "forward")
     assert found.tile == "1x256" and found.code is not None
     assert failures(found)["local loads and stores in loops"] > 100
@@ -318,7 +318,7 @@ def test_a_call_that_raises_is_a_row_that_fails() -> None:
 
 
 def test_names_count_a_kernels_launches() -> None:
-    called = gpu_report.calls(Size(16, (16, 8), batch=2), "float32", 99 << 10)
+    called = gpu_report.calls(Size(16, (16, 8), batch=2), "float32", 86)
     assert names(called.training)[:3] == ["moments", "moments 2", "forward"]
     assert names(called.inference) == ["forward"]
     assert captured(lambda: None) == []

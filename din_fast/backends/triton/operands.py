@@ -40,10 +40,11 @@ def on_device(t: Tensor) -> AbstractContextManager[Any]:
 def device_limits(device: torch.device) -> tiling.Limits:
     if device.type != "cuda":
         return tiling.Limits()
-    if torch.version.hip is not None:  # torch does not tell it there; all such GPUs have at least that
-        return tiling.Limits(64 << 10)
     properties = torch.cuda.get_device_properties(device)
-    return tiling.Limits(getattr(properties, "shared_memory_per_block_optin", tiling.Limits().shared_memory))
+    if torch.version.hip is not None:  # torch does not tell the memory there; all such GPUs have at least that
+        return tiling.Limits(64 << 10, properties.gcnArchName.partition(":")[0])
+    shared = getattr(properties, "shared_memory_per_block_optin", tiling.Limits().shared_memory)
+    return tiling.Limits(shared, "sm_{}{}".format(*torch.cuda.get_device_capability(device)))
 
 
 def has_matrix_unit(device: torch.device) -> bool:

@@ -2,14 +2,18 @@
 
 No timing at a first call (din_fast/tune.py takes times when asked to), and nothing that depends on how many
 multiprocessors a device has: the same bits on every device of a kind. The sizes were chosen without a GPU, by what the
-compiler makes of them; docs/status.md lists those that spill.
+compiler makes of them: a rule for every size and chip, and tiles.json for the sizes in use where another tile is better
+on a chip in the model of time (``python -m bench.gpu_tiles --write``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
+from pathlib import Path
 
 MAX_DIM = 512
 MAX_FIRST_UNITS = 1024
@@ -21,6 +25,7 @@ PART_TILES = 4  # tiles of a part at least
 PROGRAMS = 512  # enough to fill any device
 GROUPS = 256  # partial sums of the weights' gradients
 MAX_ROWS, MAX_WARPS = 256, 8  # of a tile that is tried
+TABLE = Path(__file__).with_name("tiles.json")
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device allows: bytes of shared memory a program."""
+    """What tiles depend on of a device.
+
+    Attributes:
+        shared_memory: bytes that a program may have.
+        chip: ``sm_90``, ``gfx942``; "" where it is not known.
+    """
 
     shared_memory: int = 99 * 1024
+    chip: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,45 @@ def _widest(shape: Shape) -> int:
     return max((sum(pieces(u)) for u in shape.hidden_units[1:]), default=0)
 
 
-def _forward_tile(shape: Shape, rows: bool) -> Tile:
+def key(shape: Shape) -> str:
+    """What the tiles of a whole history's rows depend on, as tiles.json names it."""
+    more = (" row Dice" if shape.row_dice else "") + (" long" if shape.length >= LONG else "")
+    return f"D {shape.dim} {list(shape.hidden_units)} {_products(shape)}{more}"
+
+
+@lru_cache(1)
+def _table() -> Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]]:
+    """By chip and :func:`key`: positions and warps of ``forward``, ``backward``, where the rule's are not the best."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def forget() -> None:
+    """Read the table again at the next call."""
+    _table.cache_clear()
+
+
+def _listed(chip: str) -> str:
+    """The chip in the table whose tiles a chip gets: its own, or its predecessor's (sm_89 has the registers and the
+    instructions of sm_86)."""
+    if not chip.startswith("sm_"):
+        return chip
+    number = int(chip[3:])
+    older = [
+        n for n in (int(c[3:]) for c in _table() if c.startswith("sm_")) if n // 10 == number // 10 and n <= number
+    ]
+    return f"sm_{max(older)}" if older else chip
+
+
+def _whole_rows(shape: Shape, chip: str, part: str) -> tuple[int, int]:
+    """Positions and warps of a tile of one candidate, for ``forward`` or ``backward``: the table's, else the rule's."""
+    found = _table().get(_listed(chip), {}).get(key(shape), {}).get(part)
+    if found is not None:
+        return found[0], found[1]
+    rule = _forward_rows if part == "forward" else _backward_rows
+    return rule(shape, _products(shape), power_of_two(shape.dim, 16) <= 64, _widest(shape))
+
+
+def _forward_tile(shape: Shape, rows: bool, chip: str) -> Tile:
     columns, wide = _columns(shape)
     widest = _widest(shape)
     if rows:
@@ -166,20 +215,20 @@ def _forward_tile(shape: Shape, rows: bool) -> Tile:
         total = 64 if columns <= 32 else 32
         candidates = max(total // positions, 16 // positions, 1)
         return Tile(candidates, positions, CHUNK, columns, False, 2 if widest <= 64 else 4)
-    positions, warps = _forward_rows(shape, _products(shape), power_of_two(shape.dim, 16) <= 64, widest)
+    positions, warps = _whole_rows(shape, chip, "forward")
     return Tile(1, min(positions, power_of_two(shape.length, 16)), CHUNK, columns, wide, warps)
 
 
-def _backward_tile(shape: Shape, rows: bool, forward: Tile) -> Tile:
+def _backward_tile(shape: Shape, rows: bool, forward: Tile, chip: str) -> Tile:
     columns, wide = _columns(shape)
     if rows:
         return forward
-    positions, warps = _backward_rows(shape, _products(shape), power_of_two(shape.dim, 16) <= 64, _widest(shape))
+    positions, warps = _whole_rows(shape, chip, "backward")
     return Tile(1, min(positions, power_of_two(shape.length, 16)), CHUNK, columns, wide, warps)
 
 
-# Positions of a tile, and warps, after what bench/gpu_tiles.py ranked best in its model on sm_80, one rule for all
-# chips: many rows a warp, until registers run out. docs/status.md says where other tiles would be better.
+# Positions of a tile, and warps, after what bench/gpu_tiles.py ranked best in its model on sm_80: many rows a warp,
+# until registers run out.
 def _forward_rows(shape: Shape, products: str, narrow: bool, widest: int) -> tuple[int, int]:
     if widest > 128:
         return (64 if products == "tf32" and narrow else 32), (4 if products == "half" else 8)
@@ -225,10 +274,11 @@ def plan(shape: Shape, limits: Limits | None = None) -> Plan:
     message = too_large(shape.dim, shape.hidden_units)
     if message is not None:
         raise ValueError(message)
-    limit = (limits or Limits()).shared_memory
+    limits = limits or Limits()
     short = _is_short(shape)
-    forward = _fit(shape, _forward_tile(shape, short), limit)
-    return cut(shape, forward, _fit(shape, _backward_tile(shape, short, forward), limit))
+    forward = _fit(shape, _forward_tile(shape, short, limits.chip), limits.shared_memory)
+    backward = _backward_tile(shape, short, forward, limits.chip)
+    return cut(shape, forward, _fit(shape, backward, limits.shared_memory))
 
 
 def cut(shape: Shape, forward: Tile, backward: Tile) -> Plan:
