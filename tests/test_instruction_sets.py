@@ -2,6 +2,7 @@
 
 AVX2 and portable also run on emulated processors that have nothing newer (QEMU), there with the library in Python too.
 Where the processor has no AVX-512, that copy of the kernel runs on an emulated one (Bochs, tests/emulate_avx512.sh).
+For arm64 all of it is compiled on x86-64 and run by QEMU; there the portable copy is the only one.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from torch.utils import cpp_extension
 
-from setup import FLAGS, compiler
+from setup import FLAGS, compiler, headers_in
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ("avx512", "avx2", "portable")
 LACKS_IT = 3  # kernel_test's exit status where the processor has no such instruction set
+CROSS = "aarch64-linux-gnu-"  # how the names of the programs that compile for arm64 begin
 
 # Processors for QEMU. What it cannot emulate of a Haswell is left out, for it warns of that at every thread.
 PROCESSORS = {
@@ -41,45 +46,73 @@ def run(*command: str | Path, ok: tuple[int, ...] = (0,)) -> subprocess.Complete
     return done
 
 
-def link(folder: Path, target: Path, *flags: str) -> None:
+def link(command: Sequence[str], folder: Path, target: Path, *flags: str) -> None:
     """Make the program ``target`` of the object files in ``folder``."""
-    run(*(compiler() or ("g++",)), *flags, "-pthread", *sorted(folder.glob("*.o")), "-o", target)
+    run(*command, *flags, "-pthread", *sorted(folder.glob("*.o")), "-o", target)
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def host_compiler() -> list[str]:
+    return compiler() or ["g++"]
+
+
+def build(base: Path, name: str, command: Sequence[str], *link_flags: str) -> Path:
     """A folder with avx512.o, avx2.o, portable.o and the program kernel_test, compiled with the flags of the library.
 
     One of pytest's workers compiles, the others wait for it.
     """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernel_test"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
     sources = [*(f"csrc/cpu/{name}.cpp" for name in SETS), "csrc/tests/kernel_test.cpp"]
 
     def compile_one(source: str) -> None:
-        run(*(compiler() or ("g++",)), *FLAGS, "-c", source, "-o", folder / f"{Path(source).stem}.o")
+        run(*command, *FLAGS, "-c", source, "-o", folder / f"{Path(source).stem}.o")
 
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "kernel_test").exists():
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(compile_one, sources))
-            link(folder, folder / "kernel_test")
+            link(command, folder, folder / "kernel_test", *link_flags)
     return folder
 
 
 @pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.getbasetemp(), "kernel_test", host_compiler())
+
+
+def skip_or_fail(missing: str) -> NoReturn:
+    """What an emulated test needs is missing: skip it, or fail where DIN_FAST_REQUIRE_QEMU=1."""
+    if os.environ.get("DIN_FAST_REQUIRE_QEMU") == "1":
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def arm64_compiler() -> str:
+    """Its name, where it and QEMU are there."""
+    if platform.machine() in ("aarch64", "arm64"):
+        pytest.skip("this processor is an arm64 itself: test_against_the_naive_unit[portable] has run on it")
+    missing = [tool for tool in (f"{CROSS}g++", f"{CROSS}objdump", "qemu-aarch64") if shutil.which(tool) is None]
+    if missing:
+        skip_or_fail(f"no {', '.join(missing)}; on Debian: apt-get install g++-aarch64-linux-gnu qemu-user")
+    return f"{CROSS}g++"
+
+
+@pytest.fixture(scope="session")
+def built_for_arm64(tmp_path_factory: pytest.TempPathFactory, arm64_compiler: str) -> Path:
+    """As ``built``, for arm64; the program is linked statically, so that QEMU needs nothing else."""
+    return build(tmp_path_factory.getbasetemp(), "kernel_test_arm64", [arm64_compiler], "-static")
+
+
+@pytest.fixture(scope="session")
 def qemu() -> str:
-    """QEMU for programs of x86-64; without it the test is skipped, or fails where DIN_FAST_REQUIRE_QEMU=1."""
+    """QEMU for programs of x86-64."""
     found = shutil.which("qemu-x86_64")
     version = re.search(r"version (\d+)\.(\d+)", run(found, "--version").stdout) if found else None
     if found and version and tuple(map(int, version.groups())) >= (7, 2):
         return found
-    missing = "no qemu-x86_64 of version 7.2 or newer, older ones have no AVX; on Debian: apt-get install qemu-user"
-    if os.environ.get("DIN_FAST_REQUIRE_QEMU") == "1":
-        pytest.fail(missing)
-    pytest.skip(missing)
+    skip_or_fail("no qemu-x86_64 of version 7.2 or newer, older ones have no AVX; on Debian: apt-get install qemu-user")
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -115,7 +148,7 @@ int main() {{
 """,
         encoding="utf-8",
     )
-    run(*(compiler() or ("g++",)), source, "-o", program)
+    run(*host_compiler(), source, "-o", program)
     run(qemu, "-cpu", PROCESSORS[processor], program, ok=(status,))
 
 
@@ -172,7 +205,7 @@ def test_avx512_on_an_emulated_processor(built: Path, tmp_path: Path) -> None:
         pytest.skip("this processor has AVX-512 itself: test_against_the_naive_unit[avx512] has run on it")
     if shutil.which("bochs") is None:
         pytest.skip("no AVX-512 in this processor and no emulator: tests/emulate_avx512.sh says what to install")
-    link(built, tmp_path / "kernel_test", "-static")
+    link(host_compiler(), built, tmp_path / "kernel_test", "-static")
     done = run("tests/emulate_avx512.sh", tmp_path / "kernel_test", "avx512")
     assert done.stdout.endswith(" passed, 0 failed\n")
 
@@ -196,3 +229,46 @@ def test_registers(built: Path, name: str, has: str, has_not: str) -> None:
     code = run("objdump", "-d", "--no-show-raw-insn", built / f"{name}.o").stdout
     assert f"%{has}" in code
     assert not [register for register in has_not.split() if f"%{register}" in code]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("avx512", LACKS_IT), ("avx2", LACKS_IT), ("portable", 0)])
+def test_on_an_emulated_arm64(built_for_arm64: Path, name: str, status: int) -> None:
+    """Cortex-A53: the first version of the architecture, without anything that came later."""
+    with (built_for_arm64 / "kernel_test").open("rb") as file:
+        assert file.read(20)[18:] == bytes((183, 0))  # e_machine: AArch64
+    done = run("qemu-aarch64", "-cpu", "cortex-a53", built_for_arm64 / "kernel_test", name, ok=(status,))
+    assert done.stdout.startswith("" if status else "portable | largest error ")
+    assert done.stdout.endswith("" if status else " passed, 0 failed\n")
+
+
+def innermost_loops(code: str) -> Iterator[list[str]]:
+    """The instructions of every loop of arm64 code that has none inside, as objdump writes them."""
+    index: dict[int, int] = {}  # by address
+    instructions: list[str] = []
+    latest = -1  # where the loop begins that begins last
+    for address, text in re.findall(r"^ *([0-9a-f]+):\t(.*)$", code, re.MULTILINE):
+        index[int(address, 16)] = len(instructions)
+        instructions.append(text)
+        jump = re.match(r"(?:b|b\.\w+|cbn?z|tbn?z)\t(?:.*, )?([0-9a-f]+) <", text)
+        begin = index.get(int(jump[1], 16)) if jump else None
+        if begin is not None and begin > latest:
+            latest = begin
+            yield instructions[begin:]
+
+
+@pytest.mark.slow
+def test_accumulators_stay_in_registers_on_arm64(built_for_arm64: Path) -> None:
+    """In the microkernels: loops of many multiply-adds, which are fused."""
+    code = run(f"{CROSS}objdump", "-d", "-j", ".text", "--no-show-raw-insn", built_for_arm64 / "portable.o").stdout
+    products = [loop for loop in innermost_loops(code) if sum(text.startswith("fmla\t") for text in loop) >= 16]
+    assert len(products) > 10
+    stored = re.compile(r"st[rp]\tq.*\[sp")
+    assert not [text for loop in products for text in loop if stored.match(text)]
+
+
+@pytest.mark.slow
+def test_the_ops_compile_for_arm64(arm64_compiler: str) -> None:
+    """csrc/ops.cpp, with torch's headers; there is no torch for arm64 here to link it with."""
+    include = headers_in(cpp_extension.include_paths())
+    run(arm64_compiler, *FLAGS, *include, "-Icsrc", "-fsyntax-only", "csrc/ops.cpp")
