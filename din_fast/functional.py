@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,12 +157,23 @@ def _infer(
 ) -> tuple[Tensor, Tensor]:
     """Evaluation without gradient: one op, which folds the raw parameters itself."""
     norms = [norm for layer in parameters.hidden for norm in (layer.norm, layer.gate_norm)]
+    table, *numbers = infer_constants(spec, query.shape[-1])
     pooled, weights = ops.call(
-        backend, "infer", *segs_arguments(segs, query), flat, fold.block_table(spec.blocks),
-        [0.0 if norm is None else norm.eps for norm in norms], spec.kernel_activation, spec.dice_eps, *_score(spec),
-        spec.score_factor(query.shape[-1]),
-    )  # fmt: skip
+        backend,
+        "infer",
+        *segs_arguments(segs, query),
+        flat,
+        table,
+        [0.0 if norm is None else norm.eps for norm in norms],
+        *numbers,
+    )
     return pooled, weights
+
+
+def infer_constants(spec: UnitSpec, dim: int) -> tuple[Any, ...]:
+    """What ``infer`` takes of a spec: the blocks, and, behind the eps of the norms, its numbers."""
+    numbers = (spec.kernel_activation, spec.dice_eps, *_score(spec), spec.score_factor(dim))
+    return fold.block_table(spec.blocks), *numbers
 
 
 def _with_gradient(

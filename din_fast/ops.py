@@ -55,16 +55,22 @@ def op(backend: str, name: str) -> Any:
 
 
 def call(backend: str, name: str, *arguments: Any) -> list[Tensor]:
-    """Call an op; lengths that it finds out of range are a ValueError, as every other bad value."""
+    """Call an op where no gradient goes through it; lengths that it finds out of range are a ValueError, as every other
+    bad value.
+
+    The autograd kernel of an op is Python, and going through it costs more than a small batch takes.
+    """
     try:
-        result: list[Tensor] = op(backend, name)(*arguments)
+        if torch.compiler.is_compiling():
+            return op(backend, name)(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(backend, name)(*arguments)
     except RuntimeError as error:
         line = str(error).partition("\n")[0]  # torch puts the place in the C++ source in front of what is wrong
         start = line.find("lengths: ")
         if start < 0:
             raise
         raise ValueError(line[start:]) from None
-    return result
 
 
 def kept_rows(backend: str, history: Tensor, starts: Tensor | None, lengths: Tensor | None, query: Tensor) -> int:
@@ -189,7 +195,6 @@ def _forward_function(backend: str) -> type[torch.autograd.Function]:
     ``torch.library.register_autograd`` would do, but flattening lists of tensors through pytree costs it more than a
     small batch takes: here the lists are flattened by hand.
     """
-    forward = op(backend, "forward")
 
     class Forward(torch.autograd.Function):
         @staticmethod
@@ -197,8 +202,7 @@ def _forward_function(backend: str) -> type[torch.autograd.Function]:
             ctx: Any, counts: list[int], rest: tuple[Any, ...], groups: Groups, *tensors: Tensor | None
         ) -> tuple[Tensor, ...]:
             lists = _split(tensors[6:], counts)
-            with torch._C._AutoDispatchBelowAutograd():
-                pooled, scores, kept = forward(*tensors[:6], *lists, *rest)
+            pooled, scores, kept = call(backend, "forward", *tensors[:6], *lists, *rest)
             ctx.counts, ctx.rest, ctx.groups = counts, rest, groups
             ctx.save_for_backward(*tensors, scores, kept)
             ctx.set_materialize_grads(False)
@@ -245,9 +249,9 @@ def _forward_with_autograd(backend: str, groups: Groups, *arguments: Any) -> lis
 
 def forward(backend: str, groups: Groups, *arguments: Any) -> list[Tensor]:
     """The op ``forward``; ``groups`` are the processes that share the statistics of each layer, None for this one."""
-    if any(group is not None for group in groups):  # no op can take them
-        return _forward_with_autograd(backend, groups, *arguments)
-    return call(backend, "forward", *arguments)
+    if torch.compiler.is_compiling() and all(group is None for group in groups):  # no op can take groups
+        return op(backend, "forward")(*arguments)
+    return _forward_with_autograd(backend, groups, *arguments)
 
 
 def _split(tensors: Sequence[Any], counts: list[int]) -> list[list[Any]]:
@@ -292,6 +296,11 @@ def _all_passes(
     d_weights: list[Tensor | None] = [None] * len(weights)
     first_sum, top = 2 + len(weights), layers - 1
 
+    def run(name: str, *more: Any) -> list[Tensor]:
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: the op's own error
+            return op(backend, name)(*arguments, sums, local, *reserved, top, *more, *numbers)
+        return call(backend, name, *arguments, sums, local, *reserved, top, *more, *numbers)
+
     def take(out: list[Tensor]) -> None:
         for i, t in enumerate(out[2:first_sum]):
             if t.numel():
@@ -303,14 +312,12 @@ def _all_passes(
     for layer in range(layers - 1, -1, -1):
         if response[layer].numel() == 0:
             continue
-        out = op(backend, "backward_moments")(*arguments, sums, local, *reserved, top, layer, need_weights, *numbers)
+        out = run("backward_moments", layer, need_weights)
         take(out)
         # A backend that keeps d z of another layer gives none where the pass before has given it already.
         local = [local[0], out[-1] if out[-1].numel() else local[1]] if local else out[-2:]
         top = layer
-    out = op(backend, "backward")(
-        *arguments, sums, local, *reserved, top, need_history, need_query, need_weights, *numbers
-    )
+    out = run("backward", need_history, need_query, need_weights)
     take(out)
     return out[0], out[1], d_weights, mine
 
