@@ -221,7 +221,7 @@ def _response(
 
 def wide(t: Tensor) -> Tensor:
     """Half types in float32, which all arithmetic of a unit is done in; the others as they are."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype in (torch.float32, torch.float64) else t.to(torch.float32)
 
 
 def _inverse(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:

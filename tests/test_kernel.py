@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,26 @@ def test_scores_large_enough_to_overflow_exp(backend: str) -> None:
     unit = fused_unit(case.spec, 6, backend).eval()
     inputs = draw(case, 0, torch.float32)
     assert unit(100 * inputs.history, inputs.target, mask=inputs.mask).isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "silu", "dice"])
+def test_activations_where_exp_overflows(activation: str, backend: str, cpu: str) -> None:
+    """A z beyond what exp holds saturates the activation, as in torch, up to the largest numbers of the type."""
+    largest = [s * z for z in (80.0, 130.0, 1e5, 1e30, 3e38) for s in (1, -1)]
+    spec = preset("fuxictr", [len(largest)], activation)
+    unit = fused_unit(spec, 6, backend).eval()
+    plain = reference.ActivationUnit(6, spec)
+    plain.load_state_dict(unit.state_dict())
+    with torch.no_grad():
+        for module in (unit, plain):
+            mlp: Any = module.attention.mlp
+            mlp[0].bias.copy_(torch.tensor(largest))
+            mlp[-1].weight.copy_(torch.tensor(largest).reciprocal())
+        inputs = draw(Case(spec, (3, 20, 6), "none", training=False), 0, torch.float32)
+        right = plain.eval()(inputs.history, inputs.target)
+        found = unit(inputs.history, inputs.target)
+    assert unit.last_backend == backend
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["rechub-two-layers-softmax", "fuxictr-two-layers", "deepctr-softmax"])

@@ -84,9 +84,16 @@ DIN_FAST_INLINE Vec<double> exp2_fraction(Vec<double> f) {  // Taylor, to 2e-16
   p = p * f + 6.9314718055994531e-01;
   return p * f + 1.0;
 }
-// 2^y, saturating at 2^-largest and 2^largest; NaN stays NaN
+// 2^y, saturating at the ends of what the type holds, or a little before; NaN stays NaN
 template <class T> DIN_FAST_INLINE Vec<T> exp2_(Vec<T> y) {
   using I = typename Vector<T>::I;
+#if defined(__x86_64__) && DIN_FAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {  // AVX-512 has instructions for the parts: y less its nearest integer (0 of an infinity), and
+    const Vec<T> f = __builtin_ia32_reduceps512_mask(y, 0, y, 0xffff);  // p times 2 to that integer, which saturates
+    const Vec<T> n = __builtin_ia32_rndscaleps_mask(y, 0, y, 0xffff, 4);
+    return __builtin_ia32_scalefps512_mask(exp2_fraction(f), n, n, 0xffff, 4);
+  }
+#endif
   y = min_(splat<T>(Vector<T>::kLargest), max_(splat<T>(-Vector<T>::kLargest), y));
   const Vec<T> shifted = y + Vector<T>::kRound;
   const Vec<T> p = exp2_fraction(y - (shifted - Vector<T>::kRound));
