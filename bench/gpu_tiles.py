@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -197,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ThreadPoolExecutor(WORKERS) as threads,
         Progress(console=console, transient=True) as bar,
     ):
-        searches = threads.map(partial(lambda c, job: search(*job, c), compiler), todo)
+        searches = threads.map(lambda job: search(job[0], job[1], compiler), todo)
         for found in bar.track(searches, total=len(todo)):
             if found is None:
                 continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from bench import gpu_tiles
 from bench.ahead_of_time import Compiler
 from bench.gpu_model import BOUNDS, GPUS, Work, bounds, macs, shared_bytes, source_loops
 from bench.gpu_report import Row, Size, Task, compile_all
+from bench.gpu_tiles import Search, Trial
 from bench.machine_code import CHIPS
 from din_fast.backends.triton.tiling import CHUNK, Tile
 
@@ -128,25 +131,49 @@ def test_every_loop_of_the_kernels_is_found() -> None:
 
 
 # ---------------------------------------------------------------- tiles
-def trial(rows: int, time: float, bad: int = 0, own: bool = False) -> gpu_tiles.Trial:
-    return gpu_tiles.Trial("forward", Tile(1, rows, CHUNK, 64, False, 2), own, {80: time, 90: time}, {80: bad, 90: 0})
+TASK = Task(Size(16, (36,)), "bfloat16", 80)
+KEY = "D 16 [36] half"
+
+
+def trial(rows: int, time: float, bad: int = 0, own: bool = False) -> Trial:
+    return Trial(Tile(1, rows, CHUNK, 16, False, 2), own, time, bad)
+
+
+def found(*trials: Trial) -> Search:
+    return Search(TASK, "forward", KEY, sorted(trials, key=lambda t: (t.given_up, t.rank)))
 
 
 def test_the_best_tile_passes_and_is_modelled_fastest() -> None:
     fast, slow, spills = trial(64, 10), trial(32, 12, own=True), trial(128, 5, bad=3)
-    found = sorted([spills, slow, fast], key=lambda t: t.rank)
-    assert found == [fast, slow, spills]
-    assert "positions=32" in str(gpu_tiles.not_best(found))
-    assert gpu_tiles.not_best([replace(fast, own=True), replace(slow, own=False)]) is None
-    assert gpu_tiles.not_best([fast, trial(32, 10.5, own=True)]) is None  # the model cannot tell them apart
-    assert gpu_tiles.not_best([fast, trial(128, 5, bad=1, own=True)]) is not None
+    ranked = found(spills, slow, fast)
+    assert ranked.trials == [fast, slow, spills]
+    assert "1x64, 2 warps" in str(ranked.not_best())
+    assert found(replace(fast, own=True), replace(slow, own=False)).not_best() is None
+    assert found(fast, trial(32, 10.5, own=True)).not_best() is None  # the model cannot tell them apart
+    assert found(fast, trial(128, 5, bad=1, own=True)).not_best() is not None
+
+
+def test_the_best_is_written_where_it_is_not_taken(tmp_path: Path) -> None:
+    table = tmp_path / "tiles.json"
+    table.write_text("{}")
+    gpu_tiles.write([found(trial(64, 10, own=True), trial(32, 12))], table)
+    assert json.loads(table.read_text()) == {"sm_80": {}}
+    gpu_tiles.write([found(trial(64, 10), trial(32, 12, own=True))], table)
+    gpu_tiles.write(
+        [replace(found(trial(64, 10), trial(32, 12, own=True)), part="backward", key="D 8 [36] tf32")], table
+    )
+    assert json.loads(table.read_text()) == {
+        "sm_80": {KEY: {"forward": [64, 2]}, "D 8 [36] tf32": {"backward": [64, 2]}}
+    }
 
 
 def test_tiles_are_compiled_and_ranked(
-    tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Another tile is compiled, and given up as soon as it is worse than what din_fast takes."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(gpu_tiles, "ROWS_AND_WARPS", ((16, 2),))
     assert gpu_tiles.main(["--sizes", "D 16 [36]", "--types", "bfloat16", "--chips", "sm_80"]) == 0
     told = capsys.readouterr().out
-    assert "1x128, 2 *" in told and "1x16, 2" in told and "0 tiles are not the best" in told
+    assert "1x128, 2 warps *" in told and "1x16, 2 warps" in told and "2 tiles, 0 are not the best" in told
+    assert "> " in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 
 import pytest
@@ -123,3 +124,27 @@ def test_a_device_with_too_little_shared_memory() -> None:
         ValueError, match=r"expected tiles of at most 1000 bytes .* got \d+ for dim 64 and hidden units"
     ):
         plan(shape(), Limits(1000))
+
+
+def test_a_chip_has_the_tiles_of_the_table_where_the_rules_are_not_the_best() -> None:
+    call = shape(hidden=(80, 40), half=False, tf32=True)
+    assert tiling.key(call) == "D 64 [80, 40] tf32"
+    rule = plan(call)
+    for chip in ("sm_100", "sm_103"):  # the newer one of the same generation has no tiles of its own
+        found = plan(call, Limits(99 * 1024, chip))
+        assert (found.forward.positions, found.forward.warps) == (64, 2) != (rule.forward.positions, rule.forward.warps)
+    for chip in ("", "sm_75", "sm_999", "gfx90a"):
+        assert plan(call, Limits(99 * 1024, chip)) == rule
+    other = shape(hidden=(80, 41), half=False, tf32=True)
+    assert plan(other, Limits(99 * 1024, "sm_100")) == plan(other)
+
+
+def test_the_table_has_tiles_that_the_kernels_can_have() -> None:
+    table = json.loads(tiling.TABLE.read_text())
+    assert table
+    for sizes in table.values():
+        for size, parts in sizes.items():
+            assert size.startswith("D ") and parts and parts.keys() <= {"forward", "backward"}
+            for positions, warps in parts.values():
+                assert 16 <= positions <= tiling.MAX_ROWS and 1 <= warps <= tiling.MAX_WARPS
+                assert positions & (positions - 1) == 0 and warps & (warps - 1) == 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from din_fast import FusedActivationUnit, dispatch, info, ops, preset, reference
 from din_fast.backends import triton
+from din_fast.backends.triton.tiling import Limits
 from tests.truth import SEEDS, Case, Comparison, draw, randomise, step
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -144,12 +145,12 @@ def test_the_error_of_the_fast_sigmoid_is_within_the_rule(
 
 
 @pytest.mark.parametrize(
-    ("capability", "shared", "hip", "limit", "matrix"),
+    ("capability", "shared", "hip", "limit", "matrix", "chip"),
     [
-        ((7, 5), 65536, None, 65536, False),
-        ((8, 0), 166912, None, 166912, True),
-        ((12, 0), 101376, None, 101376, True),
-        ((9, 4), None, "6.4", 65536, True),
+        ((7, 5), 65536, None, 65536, False, "sm_75"),
+        ((8, 0), 166912, None, 166912, True, "sm_80"),
+        ((12, 0), 101376, None, 101376, True, "sm_120"),
+        ((9, 4), None, "6.4", 65536, True, "gfx942"),
     ],
 )
 def test_what_tiling_is_told_of_a_device(
@@ -158,14 +159,15 @@ def test_what_tiling_is_told_of_a_device(
     hip: str | None,
     limit: int,
     matrix: bool,
+    chip: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A T4, an A100, a 5090, an MI300: for the last, torch has no number."""
     from din_fast.backends.triton import operands
 
-    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared, gcnArchName="gfx942:sramecc+:xnack-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert operands.device_limits(CUDA).shared_memory == limit
+    assert operands.device_limits(CUDA) == Limits(limit, chip)
     assert operands.has_matrix_unit(CUDA) == matrix
