@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "fold.h"
 #include "unit.h"
 
 namespace din_fast {
@@ -348,6 +349,26 @@ template <class T> struct Arguments {
     STD_TORCH_CHECK(false, name, ": expected ", sizeof(T) == 4 ? "float32" : "float64", " and sizes ", want, "- got sizes ", got);
   }
 
+  // The gradients of the results, into a pass.
+  void gradients(BackwardPass<T>& pass, const MaybeTensor& grad_pooled, const MaybeTensor& grad_scores) const {
+    if (grad_pooled.has_value()) {
+      STD_TORCH_CHECK(unit.pooling != kNoPooling, "grad_pooled: expected None without pooling");
+      STD_TORCH_CHECK(grad_pooled->size(0) == unit.candidates && grad_pooled->size(1) == unit.dim && grad_pooled->scalar_type() == stored,
+                      "grad_pooled: expected (candidates, dim) of the history's dtype");
+      pass.grad_pooled = grad_pooled->data_ptr();
+      pass.grad_pooled_stride[0] = grad_pooled->stride(0);
+      pass.grad_pooled_stride[1] = grad_pooled->stride(1);
+    }
+    if (grad_scores.has_value()) {
+      STD_TORCH_CHECK(!ragged, "grad_scores: not built for ragged histories; expected None");
+      STD_TORCH_CHECK(grad_scores->size(0) == unit.candidates && grad_scores->size(1) == unit.length && grad_scores->scalar_type() == kType<T>,
+                      "grad_scores: expected (candidates, length) of the scores' dtype");
+      pass.grad_scores = data<T>(*grad_scores);
+      pass.grad_scores_stride[0] = grad_scores->stride(0);
+      pass.grad_scores_stride[1] = grad_scores->stride(1);
+    }
+  }
+
   std::vector<int64_t> score_sizes() const { return ragged ? std::vector<int64_t>{rows} : std::vector<int64_t>{unit.candidates, unit.length}; }
   int64_t rows = 0;  // ragged: rows of history
   bool has_slope = false;
@@ -466,22 +487,7 @@ Tensors backward_pass(DIN_FAST_PASS_PARAMETERS, int64_t to, bool need_history, b
     pass.from = (int)from;
     pass.to = (int)to;
     STD_TORCH_CHECK(!pass.first || from == u.layers - 1, "from: expected the last layer in the first pass, got ", from);
-    if (grad_pooled.has_value()) {
-      STD_TORCH_CHECK(u.pooling != kNoPooling, "grad_pooled: expected None without pooling");
-      STD_TORCH_CHECK(grad_pooled->size(0) == u.candidates && grad_pooled->size(1) == u.dim && grad_pooled->scalar_type() == a.stored,
-                      "grad_pooled: expected (candidates, dim) of the history's dtype");
-      pass.grad_pooled = grad_pooled->data_ptr();
-      pass.grad_pooled_stride[0] = grad_pooled->stride(0);
-      pass.grad_pooled_stride[1] = grad_pooled->stride(1);
-    }
-    if (grad_scores.has_value()) {
-      STD_TORCH_CHECK(!a.ragged, "grad_scores: not built for ragged histories; expected None");
-      STD_TORCH_CHECK(grad_scores->size(0) == u.candidates && grad_scores->size(1) == u.length && grad_scores->scalar_type() == kType<T>,
-                      "grad_scores: expected (candidates, length) of the scores' dtype");
-      pass.grad_scores = data<T>(*grad_scores);
-      pass.grad_scores_stride[0] = grad_scores->stride(0);
-      pass.grad_scores_stride[1] = grad_scores->stride(1);
-    }
+    a.gradients(pass, grad_pooled, grad_scores);
     pass.scores = data<T>(scores);
 
     Tensors out;
@@ -553,122 +559,349 @@ Tensors native_backward(DIN_FAST_PASS_PARAMETERS, bool need_history, bool need_q
   return backward_pass(DIN_FAST_PASS_NAMES, -1, need_history, need_query, need_weights, DIN_FAST_PASS_NUMBER_NAMES);
 }
 
-// Evaluation without gradient, from the raw parameters: 11 tensors a hidden layer (weight, bias, then weight, bias, running
-// mean and variance of the norm and of the gate's norm, slope), then the score's weight (1, H), bias and slope. A Dice without
-// statistics of its gate is SiLU.
-Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
-                     const MaybeTensor& mask, const Tensor& query, const MaybeTensors& parameters, const std::vector<int64_t>& blocks,
-                     const std::vector<double>& eps, int64_t activation, double dice_eps, int64_t score_activation, bool softmax, int64_t empty,
-                     int64_t pooling, double score_factor) {
-  constexpr int kFields = 11;
-  return by_dtype(history, [&](auto zero) -> Tensors {
-    using T = decltype(zero);
-    Arguments<T> a;
-    Unit<T>& u = a.unit;
-    a.segments(history, starts, lengths, candidate_offsets, mask, query, false);
-    STD_TORCH_CHECK(parameters.size() % kFields == 3, "parameters: expected 11 a hidden layer and 3, got ", parameters.size());
+// ---------------------------------------------------------------- ops that take raw parameters
+// What they are: 11 tensors a hidden layer (weight, bias, then weight, bias, running mean and variance of the norm and of
+// the gate's norm, slope), then the score's weight (1, H), bias and slope. A Dice without a norm of its gate is SiLU.
+constexpr int kFields = 11, kTail = 3;
+
+// The parameters of a unit, checked, and put into a Unit. `modes`: NormMode of each norm and gate.
+template <class T> struct Raw {
+  Arguments<T>& a;
+  Unit<T>& u;
+  const MaybeTensors& parameters;
+  const std::vector<int64_t>& blocks;
+  RawLayer<T> layer[kMaxLayers];
+  int hidden;
+
+  Raw(Arguments<T>& arguments, const MaybeTensors& parameters_, const std::vector<int64_t>& blocks_, const std::vector<double>& eps,
+      const std::vector<int64_t>& modes, int64_t activation, double dice_eps)
+      : a(arguments), u(arguments.unit), parameters(parameters_), blocks(blocks_), hidden((int)parameters_.size() / kFields) {
+    STD_TORCH_CHECK(parameters.size() % kFields == kTail, "parameters: expected 11 a hidden layer and 3, got ", parameters.size());
+    STD_TORCH_CHECK(blocks.size() % 3 == 0 && !blocks.empty(), "blocks: expected 3 numbers a block, got ", blocks.size());
+    STD_TORCH_CHECK(hidden <= kMaxLayers && eps.size() == 2 * (size_t)hidden && modes.size() == eps.size(),
+                    "eps, modes: expected 2 a hidden layer, got ", eps.size(), " and ", modes.size());
+    STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: expected 0 to ", kActivations - 1, ", got ", activation);
+    u.layers = hidden ? hidden : 1;
+    u.activation = hidden ? (int)activation : kIdentity;
+    u.dice_eps = (T)dice_eps;
     if (parameters.back().has_value()) {
       Arguments<T>::expect("parameters", *parameters.back(), {1});
       u.score_slope = *a.hold(parameters.back());
       a.has_slope = true;
     }
-    a.score(score_activation, softmax, empty, pooling);
-    STD_TORCH_CHECK(blocks.size() % 3 == 0 && !blocks.empty(), "blocks: expected 3 numbers a block, got ", blocks.size());
-    const int hidden = (int)parameters.size() / kFields;
-    STD_TORCH_CHECK(hidden <= kMaxLayers && eps.size() == 2 * (size_t)hidden, "eps: expected 2 a hidden layer, got ", eps.size());
-    STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: expected 0 to ", kActivations - 1, ", got ", activation);
-    u.layers = hidden ? hidden : 1;
-    u.activation = hidden ? (int)activation : kIdentity;
-    u.dice_eps = (T)dice_eps;
-    const int64_t dim = u.dim, groups = (int64_t)blocks.size() / 3;
-
-    auto field = [&](int layer, int f, std::vector<int64_t> sizes) -> const T* {
-      const MaybeTensor& t = parameters[layer * kFields + f];
-      if (!t.has_value()) return nullptr;
-      Arguments<T>::expect("parameters", *t, std::move(sizes));
-      return a.hold(t);
-    };
-    int64_t total = 0;  // folded numbers of all layers
+    int64_t inputs = (int64_t)blocks.size() / 3 * u.dim;
     for (int i = 0; i < u.layers; i++) {
-      STD_TORCH_CHECK(parameters[i * kFields].has_value(), "parameters: expected a weight of layer ", i);
-      u.layer[i].units = parameters[i * kFields]->size(0);
-      total += u.layer[i].units * ((i ? u.layer[i - 1].units : 3 * dim) + 5);
-    }
-    std::vector<T> folded(total + 1, T(0));
-    T* next = folded.data();
-    auto take = [&](int64_t n) {
-      T* p = next;
-      next += n;
-      return p;
-    };
-    for (int i = 0; i < u.layers; i++) {
-      Layer<T>& layer = u.layer[i];
-      const int64_t units = layer.units, inputs = i ? u.layer[i - 1].units : groups * dim;
-      const T *weight = field(i, 0, {units, inputs}), *bias = field(i, 1, {units});
-      const T *norm[4] = {}, *gate[4] = {}, *slope = nullptr;
+      RawLayer<T>& raw = layer[i];
+      const MaybeTensor& weight = parameters[i * kFields];
+      STD_TORCH_CHECK(weight.has_value(), "parameters: expected a weight of layer ", i);
+      u.layer[i].units = raw.units = weight->size(0);
+      raw.inputs = inputs;
+      raw.weight = field(i, 0, {raw.units, inputs});
+      raw.bias = field(i, 1, {raw.units});
       if (hidden) {
-        for (int f = 0; f < 4; f++) norm[f] = field(i, 2 + f, {units}), gate[f] = field(i, 6 + f, {units});
-        const MaybeTensor& s = parameters[i * kFields + 10];
-        const bool silu = activation == kDiceBatch && !gate[2] && !gate[3];
-        STD_TORCH_CHECK(activation < kPrelu || silu || s.has_value(), "parameters: expected a slope for this activation");
-        if (silu) slope = take(units);  // zeros
-        if (s.has_value()) {
-          slope = a.hold(s);
-          STD_TORCH_CHECK(s->numel() == 1 || s->numel() == units, "parameters: expected a slope of 1 or ", units, " elements");
-          if (s->numel() == 1) {
-            T* same = take(units);
-            for (int64_t h = 0; h < units; h++) same[h] = *slope;
-            slope = same;
-          }
+        raw.norm = norm(i, 2, modes[2 * i], eps[2 * i]);
+        raw.gate = norm(i, 6, modes[2 * i + 1], eps[2 * i + 1]);
+        raw.silu = activation == kDiceBatch && raw.gate.mode == kNoNorm;
+        const MaybeTensor& slope = parameters[i * kFields + 10];
+        STD_TORCH_CHECK(activation < kPrelu || raw.silu || slope.has_value(), "parameters: expected a slope for this activation");
+        if (slope.has_value()) {
+          raw.slope = a.hold(slope);
+          raw.slopes = slope->numel();
+          STD_TORCH_CHECK(raw.slopes == 1 || raw.slopes == raw.units, "parameters: expected a slope of 1 or ", raw.units, " elements");
         }
-        STD_TORCH_CHECK(activation != kDiceBatch || !gate[2] == !gate[3], "parameters: expected both running statistics of Dice or none");
       }
-      layer.slope = slope;
-      // The norm goes into the weights: scale W, scale b + shift.
-      T* b = take(units);
-      T* w = take(units * (i ? inputs : 3 * dim));
-      layer.bias = b;
-      if (i) layer.weight = w;
-      else u.a_q = w, u.a_k = w + units * dim, u.a_p = w + 2 * units * dim;
-      const bool has_norm = norm[2] && norm[3];
-      for (int64_t h = 0; h < units; h++) {
-        const T scale = has_norm ? (norm[0] ? norm[0][h] : T(1)) / std::sqrt(norm[3][h] + (T)eps[2 * i]) : T(1);
-        b[h] = scale * (bias ? bias[h] : T(0)) + (has_norm ? (norm[1] ? norm[1][h] : T(0)) - scale * norm[2][h] : T(0));
-        if (i) {
-          for (int64_t j = 0; j < inputs; j++) w[h * inputs + j] = scale * weight[h * inputs + j];
-          continue;
-        }
-        for (int64_t g = 0; g < groups; g++)
-          for (int m = 0; m < 3; m++) {
-            const int64_t sign = blocks[3 * g + m];
-            if (!sign) continue;
-            const T *from = weight + h * inputs + g * dim, factor = scale * (T)sign;
-            T* to = w + (m * units + h) * dim;
-            for (int64_t d = 0; d < dim; d++) to[d] += factor * from[d];
-          }
-      }
-      if (hidden && activation == kDiceBatch) {
-        T *scale = take(units), *shift = take(units);
-        for (int64_t h = 0; h < units; h++) {
-          scale[h] = gate[3] ? (gate[0] ? gate[0][h] : T(1)) / std::sqrt(gate[3][h] + (T)eps[2 * i + 1]) : T(1);
-          shift[h] = gate[3] ? (gate[1] ? gate[1][h] : T(0)) - scale[h] * gate[2][h] : T(0);
-        }
-        layer.gate_scale = scale;
-        layer.gate_shift = shift;
-      }
+      inputs = raw.units;
     }
-    const int64_t inputs = hidden ? u.layer[hidden - 1].units : 1;
-    std::vector<T> score(inputs, (T)score_factor);
-    u.score_weight = score.data();
+  }
+  const T* field(int i, int f, std::vector<int64_t> sizes) {
+    const MaybeTensor& t = parameters[i * kFields + f];
+    if (!t.has_value()) return nullptr;
+    Arguments<T>::expect("parameters", *t, std::move(sizes));
+    return a.hold(t);
+  }
+  Norm<T> norm(int i, int f, int64_t mode, double eps) {
+    STD_TORCH_CHECK(mode >= kNoNorm && mode <= kBatch, "modes: expected 0 to 2, got ", mode);
+    const int64_t units = layer[i].units;
+    Norm<T> n{(NormMode)mode, field(i, f, {units}), field(i, f + 1, {units}), field(i, f + 2, {units}), field(i, f + 3, {units}), (T)eps};
+    STD_TORCH_CHECK(mode != kFrozen || (n.mean && n.variance), "parameters: expected running statistics of a frozen norm");
+    return n;
+  }
+  // Numbers that the weights fold into: the first layer's, its own norms apart, and the score's.
+  int64_t folded_numbers() const { return 3 * layer[0].units * u.dim + u.layer[u.layers - 1].units; }
+  void fold(T* to, double score_factor) {
+    fold_first(layer[0].weight, blocks, layer[0].units, u.dim, to);
+    T* score = to + 3 * layer[0].units * u.dim;
+    const int64_t inputs = u.layer[u.layers - 1].units;
     if (hidden) {
-      const MaybeTensor& w = parameters[parameters.size() - 3];
+      const MaybeTensor& w = parameters[parameters.size() - kTail];
       STD_TORCH_CHECK(w.has_value(), "parameters: expected the score's weight");
       Arguments<T>::expect("parameters", *w, {1, inputs});
       const T* values = a.hold(w);
-      for (int64_t h = 0; h < inputs; h++) score[h] *= values[h];
-      if (const T* b = a.hold(parameters[parameters.size() - 2])) u.score_bias = *b * (T)score_factor;
+      for (int64_t h = 0; h < inputs; h++) score[h] = values[h] * (T)score_factor;
+    } else {
+      std::fill(score, score + inputs, (T)score_factor);
+    }
+    point_folded(to, score_factor);
+  }
+  // The same where it has been done already.
+  void point_folded(const T* folded, double score_factor) {
+    const int64_t n = layer[0].units * u.dim;
+    u.a_q = folded, u.a_k = folded + n, u.a_p = folded + 2 * n;
+    u.score_weight = folded + 3 * n;
+    for (int i = 1; i < u.layers; i++) u.layer[i].weight = layer[i].weight;
+    if (!hidden) return;
+    const MaybeTensor& b = parameters[parameters.size() - 2];
+    if (b.has_value()) {
+      Arguments<T>::expect("parameters", *b, {1});
+      u.score_bias = *a.hold(b) * (T)score_factor;
+    }
+  }
+  // What the kernels read of a layer's numbers.
+  void point(int i, const T* numbers, const double* response) {
+    const int64_t H = layer[i].units;
+    Layer<T>& to = u.layer[i];
+    to.bias = numbers + kBias * H;
+    if (layer[i].batch()) to.center = numbers + kCenter * H, to.response = response;
+    if (layer[i].norm.mode) to.norm_scale = numbers + kNormScale * H, to.norm_shift = numbers + kNormShift * H;
+    if (u.activation == kDiceBatch) to.gate_scale = numbers + kGateScale * H, to.gate_shift = numbers + kGateShift * H;
+    if (u.activation >= kPrelu) to.slope = numbers + kSlope * H;
+  }
+};
+
+// Evaluation without gradient. A norm goes into its layer's weights.
+Tensors native_infer(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets,
+                     const MaybeTensor& mask, const Tensor& query, const MaybeTensors& parameters, const std::vector<int64_t>& blocks,
+                     const std::vector<double>& eps, int64_t activation, double dice_eps, int64_t score_activation, bool softmax, int64_t empty,
+                     int64_t pooling, double score_factor) {
+  return by_dtype(history, [&](auto zero) -> Tensors {
+    using T = decltype(zero);
+    Arguments<T> a;
+    Unit<T>& u = a.unit;
+    a.segments(history, starts, lengths, candidate_offsets, mask, query, false);
+    std::vector<int64_t> modes(eps.size(), kNoNorm);
+    for (size_t i = 0; i < modes.size(); i++) {
+      const size_t mean = kFields * (i / 2) + (i % 2 ? 8 : 4);
+      if (mean < parameters.size() && parameters[mean].has_value()) modes[i] = kFrozen;
+    }
+    Raw<T> raw(a, parameters, blocks, eps, modes, activation, dice_eps);
+    a.score(score_activation, softmax, empty, pooling);
+    int64_t total = raw.folded_numbers();
+    for (int i = 0; i < u.layers; i++) total += u.layer[i].units * (kNumbers + (i ? raw.layer[i].inputs : 0));
+    std::vector<T> space(total);
+    raw.fold(space.data(), score_factor);
+    T* next = space.data() + raw.folded_numbers();
+    for (int i = 0; i < u.layers; i++) {
+      RawLayer<T>& layer = raw.layer[i];
+      const int64_t H = layer.units;
+      T* numbers = next;
+      next += kNumbers * H;
+      T* weight = nullptr;
+      if (i) {
+        u.layer[i].weight = weight = next;
+        std::copy(layer.weight, layer.weight + H * layer.inputs, weight);
+        next += H * layer.inputs;
+      }
+      const Norm<T> norm = layer.norm;
+      layer.norm = {};
+      affine(layer, 1.0, numbers, nullptr);
+      raw.point(i, numbers, nullptr);
+      if (!norm.mode) continue;
+      for (int64_t h = 0; h < H; h++) {
+        const T scale = norm.w(h) * norm.inverse(h);
+        numbers[kBias * H + h] = scale * (numbers[kBias * H + h] - norm.mean[h]) + norm.b(h);
+        if (i)
+          for (int64_t j = 0; j < layer.inputs; j++) weight[h * layer.inputs + j] *= scale;
+        else
+          for (int m = 0; m < 3; m++)
+            for (int64_t d = 0; d < u.dim; d++) space[(m * H + h) * u.dim + d] *= scale;
+      }
     }
     return run_forward(a, history);
+  });
+}
+
+// ---------------------------------------------------------------- a training step in two ops, from raw parameters
+// What the forward leaves to the backward: `numbers`, the folded weights and behind them kNumbers rows a layer, and
+// `statistics`, count and response [2][4][units] of each layer. din_fast/functional.py keeps the running statistics.
+template <class T> struct Step {
+  Arguments<T> a;
+  Raw<T> raw;
+  int64_t at[kMaxLayers + 1], statistics_at[kMaxLayers + 1];  // where a layer's are
+
+  Step(const Tensor& history, const MaybeTensor& starts, const MaybeTensor& lengths, const MaybeTensor& candidate_offsets, const MaybeTensor& mask,
+       const Tensor& query, const MaybeTensors& parameters, const std::vector<int64_t>& blocks, const std::vector<double>& eps,
+       const std::vector<int64_t>& modes, int64_t activation, double dice_eps, bool pads_are_input, int64_t score_activation, bool softmax,
+       int64_t empty, int64_t pooling, double dropout, const MaybeTensor& seed)
+      : raw((a.segments(history, starts, lengths, candidate_offsets, mask, query, pads_are_input), a), parameters, blocks, eps, modes, activation,
+            dice_eps) {
+    a.random(dropout, seed);
+    a.score(score_activation, softmax, empty, pooling);
+    at[0] = raw.folded_numbers();
+    statistics_at[0] = 0;
+    for (int i = 0; i < a.unit.layers; i++) {
+      at[i + 1] = at[i] + kNumbers * raw.layer[i].units;
+      statistics_at[i + 1] = statistics_at[i] + 1 + 8 * raw.layer[i].units;
+    }
+  }
+  Step(const Step&) = delete;
+  int layers() const { return a.unit.layers; }
+};
+
+#define DIN_FAST_STEP_PARAMETERS                                                                                             \
+  const Tensor &history, const MaybeTensor &starts, const MaybeTensor &lengths, const MaybeTensor &candidate_offsets,        \
+      const MaybeTensor &mask, const Tensor &query, const MaybeTensors &parameters, const std::vector<int64_t>&blocks,       \
+      const std::vector<double>&eps, const std::vector<int64_t>&modes, int64_t activation, double dice_eps,                  \
+      bool pads_are_input, int64_t score_activation, bool softmax, int64_t empty, int64_t pooling, double dropout,           \
+      const MaybeTensor &seed, double score_factor
+#define DIN_FAST_STEP_NAMES                                                                                                  \
+  history, starts, lengths, candidate_offsets, mask, query, parameters, blocks, eps, modes, activation, dice_eps,            \
+      pads_are_input, score_activation, softmax, empty, pooling, dropout, seed
+
+// Returns pooled, scores, numbers, statistics, and z of each layer where it is kept: as long as all of it has at most
+// keep_bytes.
+Tensors native_train(DIN_FAST_STEP_PARAMETERS, int64_t keep_bytes) {
+  return by_dtype(history, [&](auto zero) -> Tensors {
+    using T = decltype(zero);
+    Step<T> step(DIN_FAST_STEP_NAMES);
+    Unit<T>& u = step.a.unit;
+    const int n = step.layers();
+    Tensor numbers = new_tensor<T>({step.at[n]}), statistics = new_tensor<double>({step.statistics_at[n]});
+    step.raw.fold(data<T>(numbers), score_factor);
+    Tensors kept;
+    for (int i = 0; i < n; i++) {
+      const RawLayer<T>& layer = step.raw.layer[i];
+      T* own = data<T>(numbers) + step.at[i];
+      double* count = data<double>(statistics) + step.statistics_at[i];
+      kept.push_back(nothing<T>());
+      *count = 1;
+      u.layer[i].bias = layer.bias ? layer.bias : own + kBias * layer.units;
+      if (!layer.bias) std::fill(own + kBias * layer.units, own + (kBias + 1) * layer.units, T(0));
+      if (layer.batch()) {
+        const int64_t bytes = step.a.panel_total * layer.units * (int64_t)sizeof(T);
+        if (bytes <= keep_bytes) {
+          keep_bytes -= bytes;
+          kept.back() = kept_tensor<T>({step.a.panel_total * layer.units});
+        }
+        T* panel = kept.back().numel() ? data<T>(kept.back()) : nullptr;
+        T* variance = own + kVariance * layer.units;
+        kernels<T>().moments(u, i, {count, own + kCenter * layer.units, variance, panel}, parallel);
+        u.layer[i].kept = panel;
+        for (int64_t h = 0; h < layer.units; h++) variance[h] /= T(*count > 1 ? *count : 1);
+      }
+      affine(layer, *count, own, count + 1);
+      step.raw.point(i, own, count + 1);
+    }
+    Tensors out = run_forward(step.a, history);
+    out.push_back(numbers);
+    out.push_back(statistics);
+    for (Tensor& t : kept) out.push_back(t);
+    return out;
+  });
+}
+
+// Returns the gradients of history, query and the parameters in their order; what was not asked for is empty.
+Tensors native_train_backward(const MaybeTensor& grad_pooled, const MaybeTensor& grad_scores, DIN_FAST_STEP_PARAMETERS, const Tensor& scores,
+                              const Tensor& numbers, const Tensor& statistics, const Tensors& kept, bool need_history, bool need_query,
+                              bool need_weights) {
+  return by_dtype(history, [&](auto zero) -> Tensors {
+    using T = decltype(zero);
+    Step<T> step(DIN_FAST_STEP_NAMES);
+    Raw<T>& raw = step.raw;
+    Unit<T>& u = step.a.unit;
+    const int n = step.layers(), last = n - 1;
+    Arguments<T>::expect("numbers", numbers, {step.at[n]});
+    Arguments<double>::expect("statistics", statistics, {step.statistics_at[n]});
+    STD_TORCH_CHECK(kept.size() == (size_t)n, "kept: expected ", n, " tensors, got ", kept.size());
+    raw.point_folded(data<T>(numbers), score_factor);
+    for (int i = 0; i < n; i++) {
+      raw.point(i, data<T>(numbers) + step.at[i], data<double>(statistics) + step.statistics_at[i] + 1);
+      if (kept[i].numel() == 0) continue;
+      Arguments<T>::expect("kept", kept[i], {step.a.panel_total * raw.layer[i].units});
+      u.layer[i].kept = data<T>(kept[i]);
+    }
+    Tensors out;
+    for (size_t i = 0; i < 2 + parameters.size(); i++) out.push_back(nothing<T>());
+    auto give = [&](size_t i) -> T* {  // the gradient of a parameter, where there is one
+      if (!need_weights || !parameters[i].has_value()) return nullptr;
+      std::vector<int64_t> sizes;
+      for (int64_t d = 0; d < parameters[i]->dim(); d++) sizes.push_back(parameters[i]->size(d));
+      out[2 + i] = new_tensor<T>(sizes);
+      return data<T>(out[2 + i]);
+    };
+    BackwardPass<T> pass;
+    step.a.gradients(pass, grad_pooled, grad_scores);
+    pass.scores = data<T>(scores);
+    Tensor logit = kept_tensor<T>({step.a.panel_total}), local[2] = {nothing<T>(), nothing<T>()};
+    pass.d_logit = data<T>(logit);
+    const int64_t first = raw.layer[0].units * u.dim, units = u.layer[last].units;
+    std::vector<T> space(need_weights ? 3 * first + units : 0);
+    T *d_weight[kMaxLayers] = {}, *d_bias[kMaxLayers] = {}, d_score_bias[2] = {};
+    if (need_weights)
+      for (int i = 0; i < n; i++) {
+        d_weight[i] = give(kFields * i);
+        d_bias[i] = give(kFields * i + 1);
+      }
+    std::vector<double> sums[kMaxLayers];
+    for (int from = last, to = last; from >= 0;) {
+      while (to >= 0 && !raw.layer[to].batch()) to--;  // the next layer with batch statistics, or -1: the inputs
+      pass.from = from;
+      pass.to = to;
+      for (int i = 0; i < n; i++) {
+        pass.sums[i] = nullptr;
+        pass.d_weight[i] = pass.d_bias[i] = nullptr;
+        if (i > from || i < to) continue;
+        if (sums[i].empty()) {
+          sums[i].resize(kSums * raw.layer[i].units);
+          pass.sums[i] = sums[i].data();
+        }
+        if (i == to) continue;
+        pass.d_weight[i] = i ? d_weight[i] : nullptr;
+        pass.d_bias[i] = d_bias[i];
+      }
+      pass.d_score_weight = pass.first && need_weights ? space.data() + 3 * first : nullptr;
+      pass.d_score_bias = pass.first && need_weights ? d_score_bias : nullptr;
+      pass.local_in = from < last ? data<T>(local[0]) : nullptr;
+      pass.local_out = nullptr;
+      if (to >= 0 && to < last) {
+        local[1] = kept_tensor<T>({step.a.panel_total * raw.layer[to].units});
+        pass.local_out = data<T>(local[1]);
+      }
+      if (to < 0) {
+        if (need_weights) pass.d_a_q = space.data(), pass.d_a_k = space.data() + first, pass.d_a_p = space.data() + 2 * first;
+        if (need_query) {
+          out[1] = kept_tensor(step.a.stored, {u.candidates, u.dim});
+          pass.d_query = out[1].data_ptr();
+        }
+        if (need_history) {
+          out[0] = step.a.ragged ? kept_tensor(step.a.stored, {history.size(0), u.dim}) : kept_tensor(step.a.stored, {u.users, u.length, u.dim});
+          if (step.a.ragged) torch::stable::zero_(out[0]);
+          pass.d_history = out[0].data_ptr();
+        }
+      }
+      kernels<T>().backward(u, pass, parallel);
+      if (to < 0) break;
+      for (int i = to; i <= from; i++) u.layer[i].sums = sums[i].data();
+      if (to < last) std::swap(local[0], local[1]);
+      pass.first = false;
+      from = to--;
+    }
+    if (!need_weights) return out;
+    unfold_first(space.data(), blocks, raw.layer[0].units, u.dim, d_weight[0]);
+    const size_t tail = parameters.size() - kTail;
+    if (raw.hidden) {
+      T *d_score = give(tail), *d_score_b = give(tail + 1);
+      for (int64_t h = 0; h < units; h++) d_score[h] = space[3 * first + h] * (T)score_factor;
+      if (d_score_b) *d_score_b = d_score_bias[0] * (T)score_factor;
+      for (int i = 0; i < n; i++) {
+        const size_t f = kFields * i;
+        const RawLayer<T>& layer = raw.layer[i];
+        affine_backward(layer, data<T>(numbers) + step.at[i], sums[i].data(),
+                        {layer.norm.mode ? give(f + 2) : nullptr, layer.norm.mode ? give(f + 3) : nullptr, layer.gate.mode ? give(f + 6) : nullptr,
+                         layer.gate.mode ? give(f + 7) : nullptr, give(f + 10)});
+      }
+    }
+    if (T* d_slope = give(tail + 2)) *d_slope = d_score_bias[1];
+    return out;
   });
 }
 
@@ -693,6 +926,12 @@ STABLE_TORCH_LIBRARY(din_fast, m) {
   m.def("native_backward(" DIN_FAST_BACKWARD "bool need_history, bool need_query, " DIN_FAST_BACKWARD_TAIL);
   m.def("native_infer(" DIN_FAST_SEGMENTS
         ", Tensor?[] parameters, int[] blocks, float[] eps, int activation, float dice_eps, " DIN_FAST_SCORE ", float score_factor) -> Tensor[]");
+#define DIN_FAST_STEP \
+  DIN_FAST_SEGMENTS ", Tensor?[] parameters, int[] blocks, float[] eps, int[] modes, int activation, float dice_eps, bool pads_are_input, " \
+  DIN_FAST_SCORE ", float dropout, Tensor? seed, float score_factor, "
+  m.def("native_train(" DIN_FAST_STEP "int keep_bytes) -> Tensor[]");
+  m.def("native_train_backward(Tensor? grad_pooled, Tensor? grad_scores, " DIN_FAST_STEP
+        "Tensor scores, Tensor numbers, Tensor statistics, Tensor[] kept, bool need_history, bool need_query, bool need_weights) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(din_fast, CompositeExplicitAutograd, m) {
@@ -706,6 +945,8 @@ STABLE_TORCH_LIBRARY_IMPL(din_fast, CPU, m) {
   m.impl("native_backward_moments", TORCH_BOX(&native_backward_moments));
   m.impl("native_backward", TORCH_BOX(&native_backward));
   m.impl("native_infer", TORCH_BOX(&native_infer));
+  m.impl("native_train", TORCH_BOX(&native_train));
+  m.impl("native_train_backward", TORCH_BOX(&native_train_backward));
 }
 
 }  // namespace

@@ -27,7 +27,8 @@ def block_table(blocks: tuple[str, ...]) -> list[int]:
 # What the lists of the ops hold, see din_fast/ops.py.
 AFFINES = 6  # tensors a layer in `affine`
 SUMS = 5  # rows of `sums`
-FIELDS = 11  # tensors a hidden layer in the parameters of `infer`
+FIELDS = 11  # tensors a hidden layer in the raw parameters of `infer` and `train`
+NUMBERS = 8  # rows a hidden layer in the `numbers` of `train`, csrc/fold.h
 
 
 def fold_first_layer(weight: Tensor, blocks: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,15 +240,24 @@ def _plus(bias: Tensor | None, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_running_statistics(
-    norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: Tensor, may_be_empty: bool = False
+    norm: nn.modules.batchnorm._BatchNorm,
+    mean: Tensor,
+    variance: Tensor,
+    count: Tensor | float,
+    may_be_empty: bool = False,
 ) -> None:
     """What torch's BatchNorm does to its buffers in training: unbiased variance, momentum or cumulative average.
 
-    mean, variance (H,), biased; count (0-d): the rows they were taken over. Nothing changes when no statistics are
-    tracked or when the norm is frozen (eval), nor, where it ``may_be_empty``, for a count of 0.
+    mean, variance (H,), biased; count (0-d, or a number where reading it waits for nothing): the rows they were taken
+    over. Nothing changes when no statistics are tracked or when the norm is frozen (eval), nor, where it
+    ``may_be_empty``, for a count of 0.
     """
     if not (norm.training and norm.track_running_stats) or norm.running_mean is None or norm.running_var is None:
         return
+    if isinstance(count, float):
+        if may_be_empty and count == 0:
+            return
+        may_be_empty = False
     factor: Tensor | float = 0.0 if norm.momentum is None else norm.momentum
     some = count > 0 if may_be_empty else 1
     if norm.num_batches_tracked is not None:
@@ -255,14 +265,15 @@ def update_running_statistics(
         if norm.momentum is None:
             factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
     if may_be_empty:
+        assert isinstance(count, Tensor)
         factor = (count > 0).to(mean.dtype) * factor
+    others = max(count - 1, 1.0) if isinstance(count, float) else (count - 1).clamp(min=1)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-    unbiased = variance * (count / (count - 1).clamp(min=1))
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
+    norm.running_var.lerp_((variance * (count / others)).to(norm.running_var.dtype), factor)
 
 
 def update_layer(
-    layer: HiddenLayer, affine: Affine, variance: Tensor, count: Tensor, may_be_empty: bool = False
+    layer: HiddenLayer, affine: Affine, variance: Tensor, count: Tensor | float, may_be_empty: bool = False
 ) -> None:
     """Update the running statistics of a hidden layer's norms from the batch's moments of z."""
     assert affine.center is not None
@@ -275,3 +286,17 @@ def update_layer(
         mean, variance = torch.zeros_like(scale) if shift is None else shift.detach(), scale.square() * variance
     if layer.gate_norm is not None:
         update_running_statistics(layer.gate_norm, mean, variance, count, may_be_empty)
+
+
+def update_all(hidden: Sequence[HiddenLayer], numbers: Tensor, statistics: Tensor, may_be_empty: bool) -> None:
+    """:func:`update_layer` of the layers with batch statistics, from what the op ``native_train`` leaves behind."""
+    widths = [layer.weight.shape[0] for layer in hidden]
+    at, at_count = numbers.shape[0] - NUMBERS * sum(widths), 0
+    for layer, units in zip(hidden, widths, strict=True):
+        if batch_mode(layer.norm) or batch_mode(layer.gate_norm):
+            # Rows of csrc/fold.h: bias, center, scale and shift of the norm, and three of the gate; the variance.
+            center, scale, shift, variance = (numbers.narrow(0, at + units * i, units) for i in (1, 2, 3, 7))
+            found = Affine(center, scale, shift, None, None, None, None)
+            update_layer(layer, found, variance, statistics[at_count].item(), may_be_empty)
+        at += NUMBERS * units
+        at_count += 1 + 8 * units

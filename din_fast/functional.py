@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from din_fast import dispatch, distributed, fold, ops, reference, segments
 from din_fast.spec import (
@@ -104,7 +105,8 @@ def run(
     flat = segments.check_parameters(parameters, spec, segs.history)
     chosen = dispatch.choose(backend, segs.history, spec.hidden_units)
     batch_statistics = reference.uses_batch_statistics(parameters)
-    if batch_statistics and not distributed.synchronised(parameters.hidden):
+    synchronised = batch_statistics and distributed.synchronised(parameters.hidden)
+    if batch_statistics and not synchronised:
         segments.check_batch_statistics(segs, flat_query, spec.batch_stats == "valid")
     dropout = segments.check_dropout(parameters)
     if chosen == "reference":
@@ -114,7 +116,10 @@ def run(
             t is not None and t.requires_grad for t in (flat_query, segs.history, *flat)
         )
         if batch_statistics or needs_grad or dropout:
-            pooled, weights = _with_gradient(chosen, flat_query, segs, parameters, spec, batch_statistics, dropout)
+            if chosen == "native" and not synchronised and not is_compiling():
+                pooled, weights = _train(flat_query, segs, parameters, flat, spec, batch_statistics, dropout)
+            else:
+                pooled, weights = _with_gradient(chosen, flat_query, segs, parameters, spec, batch_statistics, dropout)
         else:
             pooled, weights = _infer(chosen, flat_query, segs, parameters, flat, spec)
         if parameters.score_slope is not None:
@@ -174,6 +179,37 @@ def infer_constants(spec: UnitSpec, dim: int) -> tuple[Any, ...]:
     """What ``infer`` takes of a spec: the blocks, and, behind the eps of the norms, its numbers."""
     numbers = (spec.kernel_activation, spec.dice_eps, *_score(spec), spec.score_factor(dim))
     return fold.block_table(spec.blocks), *numbers
+
+
+def _train(
+    query: Tensor,
+    segs: segments.Segments,
+    parameters: UnitParameters,
+    flat: list[Tensor | None],
+    spec: UnitSpec,
+    batch_statistics: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_with_gradient` on the native backend, in an op and another for the backward, which fold by themselves.
+
+    What torch takes for the small operations around the ops of the other way is more than the work on a small batch.
+    """
+    norms = [norm for layer in parameters.hidden for norm in (layer.norm, layer.gate_norm)]
+    eps = [0.0 if norm is None else norm.eps for norm in norms]
+    modes = [0 if norm is None else 2 if batch_mode(norm) else 1 for norm in norms]
+    table, activation, dice_eps, *score, score_factor = infer_constants(spec, query.shape[-1])
+    pads_are_input = batch_statistics and spec.batch_stats == "all"
+    seed = reference.draw_seed(query.device) if dropout else None
+    constants = (table, eps, modes, activation, dice_eps, pads_are_input, *score, dropout, seed, score_factor)
+    flat = list(flat)
+    for i, mode in enumerate(modes):
+        if mode == 2:  # the running statistics are not read, and change before the backward
+            at = fold.FIELDS * (i // 2) + (8 if i % 2 else 4)
+            flat[at : at + 2] = None, None
+    pooled, scores, numbers, statistics = ops.train(constants, KEEP_LIMIT_BYTES, *segs_arguments(segs, query), *flat)
+    if batch_statistics and query.shape[0] * segs.history.shape[1] > 0:
+        fold.update_all(parameters.hidden, numbers, statistics, not pads_are_input)
+    return pooled, scores
 
 
 def _with_gradient(

@@ -1,12 +1,15 @@
 """Registration with torch.library, and nothing else: fake kernels and autograd of the ops that a backend defines.
 
-A backend ``name`` has five ops, on segments (:mod:`din_fast.segments`) and folded parameters (:mod:`din_fast.fold`):
+A backend ``name`` has five ops, native two more, on segments (:mod:`din_fast.segments`) and folded parameters
+(:mod:`din_fast.fold`):
 
 ``{name}_moments``           mean and M2 of a hidden layer's z over all rows, and z itself where it is kept
 ``{name}_forward``           pooled vectors and weights of the positions
 ``{name}_backward_moments``  one pass of the backward down to a layer with batch statistics: the sums that they need
 ``{name}_backward``          the last pass, down to the inputs
 ``{name}_infer``             evaluation without gradient, from the raw parameters
+``native_train``             moments and forward in one op, from the raw parameters
+``native_train_backward``    all passes of the backward in one op, to the raw parameters
 
 Arguments of the first four, beside the segments:
 
@@ -39,7 +42,7 @@ from torch import Tensor
 
 from din_fast.backends import native, triton
 from din_fast.distributed import add_up
-from din_fast.fold import AFFINES, SUMS
+from din_fast.fold import AFFINES, FIELDS, NUMBERS, SUMS
 from din_fast.spec import POOLINGS
 
 if TYPE_CHECKING:
@@ -55,22 +58,30 @@ def op(backend: str, name: str) -> Any:
 
 
 def call(backend: str, name: str, *arguments: Any) -> list[Tensor]:
-    """Call an op where no gradient goes through it; lengths that it finds out of range are a ValueError, as every other
-    bad value.
+    """Call an op where no gradient goes through it.
 
-    The autograd kernel of an op is Python, and going through it costs more than a small batch takes.
+    The autograd kernel of an op is Python, and going through it costs more than a small batch takes; torch.compile has
+    to see it.
     """
+    return (_run if torch.compiler.is_compiling() else _below_autograd)(backend, name, *arguments)
+
+
+def _below_autograd(backend: str, name: str, *arguments: Any) -> list[Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _run(backend, name, *arguments)
+
+
+def _run(backend: str, name: str, *arguments: Any) -> list[Tensor]:
+    """The op; lengths that it finds out of range are a ValueError, as every other bad value."""
     try:
-        if torch.compiler.is_compiling():
-            return op(backend, name)(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(backend, name)(*arguments)
+        result: list[Tensor] = op(backend, name)(*arguments)
     except RuntimeError as error:
         line = str(error).partition("\n")[0]  # torch puts the place in the C++ source in front of what is wrong
         start = line.find("lengths: ")
         if start < 0:
             raise
         raise ValueError(line[start:]) from None
+    return result
 
 
 def kept_rows(backend: str, history: Tensor, starts: Tensor | None, lengths: Tensor | None, query: Tensor) -> int:
@@ -188,6 +199,86 @@ def _fake_backward(backend: str, *arguments: Any) -> list[Tensor]:
     return _fake_backward_pass(backend, arguments[:18], from_layer, -1, need_history, need_query, need_weights)
 
 
+def _fake_train(*arguments: Any) -> list[Tensor]:
+    history, starts, lengths, _, _, query, parameters, _, _, modes = arguments[:10]
+    keep_bytes = arguments[-1]
+    wide, layers = _wide(history), max(len(parameters) // FIELDS, 1)
+    units = [parameters[FIELDS * i].shape[0] for i in range(layers)]
+    rows = kept_rows("native", history, starts, lengths, query)
+    kept = []
+    for i, n in enumerate(units):
+        size = rows * n if 2 in modes[2 * i : 2 * i + 2] else 0
+        keep = size * wide.itemsize <= keep_bytes
+        keep_bytes -= size * wide.itemsize if keep else 0
+        kept.append(history.new_empty(size if keep else 0, dtype=wide))
+    numbers = 3 * units[0] * query.shape[1] + units[-1] + NUMBERS * sum(units)
+    return [
+        *_fake_results("native", "train", arguments),
+        history.new_empty(numbers, dtype=wide),
+        history.new_empty(sum(1 + 8 * n for n in units), dtype=torch.float64),
+        *kept,
+    ]
+
+
+def _fake_train_backward(*arguments: Any) -> list[Tensor]:
+    history, query, parameters = arguments[2], arguments[7], arguments[8]
+    need_history, need_query, need_weights = arguments[-3:]
+    wide = _wide(history)
+    out = [history.new_empty(t.shape if need else 0) for t, need in ((history, need_history), (query, need_query))]
+    # Of a norm: no gradient of its running statistics. Without a hidden layer there are only the Linear's.
+    hidden = FIELDS * (len(parameters) // FIELDS)
+    for i, t in enumerate(parameters):
+        wanted = need_weights and t is not None and not (i < hidden and i % FIELDS in (4, 5, 8, 9))
+        out.append(history.new_empty(t.shape if wanted else 0, dtype=wide))
+    return out
+
+
+@cache
+def _train_function() -> type[torch.autograd.Function]:
+    """``native_train`` with its gradient: of history, query and the raw parameters."""
+
+    class Train(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, numbers: tuple[Any, ...], keep_bytes: int, state: list[Tensor], *tensors: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            pooled, scores, *left = call("native", "train", *tensors[:6], list(tensors[6:]), *numbers, keep_bytes)
+            state.extend(left[:2])
+            ctx.numbers, ctx.parameters = numbers, len(tensors) - 6
+            ctx.save_for_backward(*tensors, scores, *left)
+            ctx.set_materialize_grads(False)
+            return pooled, scores
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            first = 3  # arguments before the tensors
+            last = 6 + ctx.parameters
+            saved = ctx.saved_tensors
+            out: list[Any] = [None] * (first + last)
+            if grads[0] is None and grads[1] is None:
+                return tuple(out)
+            needs = ctx.needs_input_grad[first:]
+            segments, parameters, (scores, numbers, statistics, *kept) = saved[:6], saved[6:last], saved[last:]
+            arguments = (*grads, *segments, list(parameters), *ctx.numbers, scores, numbers, statistics, kept)
+            wanted = needs[0], needs[5], any(needs[6:])
+            # Where a gradient of the gradient is wanted: the op's own error.
+            run = _run if torch.is_grad_enabled() else call
+            found = run("native", "train_backward", *arguments, *wanted)
+            for at, t in zip((0, 5, *range(6, last)), found, strict=True):
+                if needs[at]:
+                    out[first + at] = t
+            return tuple(out)
+
+    return Train
+
+
+def train(numbers: tuple[Any, ...], keep_bytes: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op ``native_train`` on the segments and the parameters: pooled, scores, numbers, statistics."""
+    state: list[Tensor] = []
+    pooled, scores = _train_function().apply(numbers, keep_bytes, state, *tensors)
+    return pooled, scores, *state
+
+
 @cache
 def _forward_function(backend: str) -> type[torch.autograd.Function]:
     """``forward`` with its gradient.
@@ -202,7 +293,7 @@ def _forward_function(backend: str) -> type[torch.autograd.Function]:
             ctx: Any, counts: list[int], rest: tuple[Any, ...], groups: Groups, *tensors: Tensor | None
         ) -> tuple[Tensor, ...]:
             lists = _split(tensors[6:], counts)
-            pooled, scores, kept = call(backend, "forward", *tensors[:6], *lists, *rest)
+            pooled, scores, kept = _below_autograd(backend, "forward", *tensors[:6], *lists, *rest)
             ctx.counts, ctx.rest, ctx.groups = counts, rest, groups
             ctx.save_for_backward(*tensors, scores, kept)
             ctx.set_materialize_grads(False)
@@ -250,7 +341,7 @@ def _forward_with_autograd(backend: str, groups: Groups, *arguments: Any) -> lis
 def forward(backend: str, groups: Groups, *arguments: Any) -> list[Tensor]:
     """The op ``forward``; ``groups`` are the processes that share the statistics of each layer, None for this one."""
     if torch.compiler.is_compiling() and all(group is None for group in groups):  # no op can take groups
-        return op(backend, "forward")(*arguments)
+        return _run(backend, "forward", *arguments)
     return _forward_with_autograd(backend, groups, *arguments)
 
 
@@ -297,9 +388,9 @@ def _all_passes(
     first_sum, top = 2 + len(weights), layers - 1
 
     def run(name: str, *more: Any) -> list[Tensor]:
-        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: the op's own error
-            return op(backend, name)(*arguments, sums, local, *reserved, top, *more, *numbers)
-        return call(backend, name, *arguments, sums, local, *reserved, top, *more, *numbers)
+        # Where a gradient of the gradient is wanted: the op's own error.
+        go = _run if torch.is_grad_enabled() else call
+        return go(backend, name, *arguments, sums, local, *reserved, top, *more, *numbers)
 
     def take(out: list[Tensor]) -> None:
         for i, t in enumerate(out[2:first_sum]):
@@ -384,6 +475,10 @@ def _triton_op(name: str) -> Callable[..., list[Tensor]]:
 
 if native.why_not() is None:
     register("native")
+    for _name, _fake in (("train", _fake_train), ("train_backward", _fake_train_backward)):
+        _message = "the gradient of a gradient is not implemented" if _fake is _fake_train_backward else "use ops.train"
+        torch.library.register_fake(f"din_fast::native_{_name}", _fake)
+        torch.library.register_autograd(f"din_fast::native_{_name}", _no_gradient(_message), setup_context=_no_setup)
 if triton.version() is not None:
     for _name, _schema in SCHEMAS.items():
         _library.define(f"triton_{_name}{_schema}")

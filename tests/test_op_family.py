@@ -113,7 +113,8 @@ def arguments_of(spec: UnitSpec, history: Tensor, query: Tensor, **changes: Any)
 
 def run(backend: str, name: str, arguments: dict[str, Any]) -> list[Tensor]:
     schema = ops.op(backend, name)._schema
-    return ops.call(backend, name, *(arguments[a.name] for a in schema.arguments))
+    values = [arguments[a.name] for a in schema.arguments]
+    return ops.forward(backend, (), *values) if name == "forward" else ops.call(backend, name, *values)
 
 
 # ---- ragged histories

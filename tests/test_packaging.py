@@ -55,12 +55,13 @@ def test_one_version() -> None:
     assert f"## [{din_fast.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_type_information_is_shipped(tree: Path) -> None:
+def test_type_information_and_tiles_are_shipped(tree: Path) -> None:
     done = run("setup.py", "build", "--build-lib", "out", cwd=tree, DIN_FAST_BUILD="none")
     assert done.returncode == 0, done.stderr
     shipped = {p.relative_to(tree / "out").as_posix() for p in (tree / "out").rglob("*") if p.is_file()}
     modules = {p.relative_to(tree).as_posix() for p in (tree / "din_fast").rglob("*.py")}
-    assert shipped == modules | {"din_fast/py.typed", "din_fast/_build.json"}
+    data = {"din_fast/py.typed", "din_fast/_build.json", "din_fast/backends/triton/tiles.json"}
+    assert shipped == modules | data
 
 
 def test_import_needs_no_triton() -> None:

@@ -116,6 +116,8 @@ def test_parity_where_z_is_computed_again_in_each_pass(
         result = ops_call(backend, name, *arguments)
         if name == "moments":
             asked.append(result[-1].numel())
+        elif name == "train":
+            asked.extend(t.numel() for t in result[4:])
         return result
 
     ops_call = ops.call

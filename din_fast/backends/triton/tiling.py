@@ -171,8 +171,11 @@ def _widest(shape: Shape) -> int:
 
 def key(shape: Shape) -> str:
     """What the tiles of a whole history's rows depend on, as tiles.json names it."""
-    more = (" row Dice" if shape.row_dice else "") + (" long" if shape.length >= LONG else "")
-    return f"D {shape.dim} {list(shape.hidden_units)} {_products(shape)}{more}"
+    products = _products(shape)
+    more = " of half" if shape.half and products != "half" else ""
+    more += " row Dice" if shape.row_dice else ""
+    more += " long" if shape.length >= LONG else ""
+    return f"D {shape.dim} {list(shape.hidden_units)} {products}{more}"
 
 
 @lru_cache(1)
