@@ -25,6 +25,7 @@ from bench.report import Found, Row
 from din_fast import dispatch
 
 THREADS = 2
+WIDTH = 160  # of tables that go into a file
 MODELS_MODE = "models"
 MODEL_ROUNDS, MODEL_SEEDS = 7, 2
 ROWS, QUICK_ROWS = Path("results/bench/rows.csv"), Path("results/bench/quick.csv")
@@ -181,7 +182,7 @@ def _rows_of_this_machine(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1, without any speed, where a parity is red."""
     args = parse(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     rows: list[Row] = []
     tables: list[Table] = []
     with_models = MODELS_MODE in args.modes and not args.sweep

@@ -250,6 +250,13 @@ def read_csv(path: Path) -> list[Row]:
         return [Row(**{name: kinds.get(name, str)(text) for name, text in line.items()}) for line in reader]
 
 
+def of_most_threads(rows: Iterable[Row]) -> list[Row]:
+    """The rows of the run with the most threads, where there are several."""
+    rows = list(rows)
+    most = max((row.threads for row in rows), default=0)
+    return [row for row in rows if row.threads == most]
+
+
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """All rows; of two that measured the same, the new one."""
     by_key = {row.key: row for row in old}
