@@ -177,8 +177,8 @@ def text(rows: Sequence[Row], figures: Sequence[str]) -> str:
         ("", means(most)),
         (
             "Work of a second. The share is of the folded form's operations alone; the bandwidth is of the bytes that "
-            "must be moved: history and output, in training the history's gradient, too (bench/cases.py). Memory is how "
-            "far one call raises the peak of a fresh process.",
+            "must be moved: history and output, in training the history's gradient, too (bench/cases.py). Memory is "
+            "how far one call raises the peak of a fresh process.",
             work(most, "shape"),
         ),
         ("The frameworks' own configurations, milliseconds:", _times(groups(most, "configuration"))),
