@@ -76,7 +76,8 @@ def draw_sweeps(rows: Sequence[Row], path: Path) -> None:
     for line, metric in zip(axes, (MILLISECONDS, MEBIBYTES), strict=True):
         for one, (x_name, mode) in zip(line, SWEEPS.items(), strict=True):
             _sweep(one, rows, x_name, mode, metric)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    if axes[0][0].lines:
+        axes[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"preset {PRESET}: time and memory")
     figure.savefig(path)
 
