@@ -1,29 +1,38 @@
-"""``python -m bench --quick``: parity, then milliseconds of din_fast and of the units that it replaces."""
+"""``python -m bench``: parity, then what din_fast and the units that it replaces take, in time and memory.
+
+About half an hour; ``--quick`` about three minutes; ``--sweep`` adds to the rows how times and memory grow.
+``python -m bench.plot`` and ``python -m bench.readme`` make figures and the README's tables of the rows.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from bench import contenders, parity, report, timing
-from bench.contenders import Case, Contender
+from bench import cases, compare, contenders, memory, models, parity, peak, report, scaling, timing
+from bench.cases import Task
+from bench.contenders import CANDIDATES, MODES, OURS, Contender
+from bench.parity import Check
+from bench.report import Found, Row
 from din_fast import dispatch
 
 THREADS = 2
-ROUNDS = 7
-QUICK = tuple(
-    Case(preset, *shape)
-    for preset in ("fuxictr", "rechub")
-    for shape in ((512, 100, 64, (80, 40)), (128, 1000, 32, (36,)))
-)
+WIDTH = 160  # of tables that go into a file
+MODELS_MODE = "models"
+MODEL_ROUNDS, MODEL_SEEDS = 7, 2
+ROWS, QUICK_ROWS = Path("results/bench/rows.csv"), Path("results/bench/quick.csv")
+
+
+class Red(Exception):
+    """Parity failed: nothing about speed may be told."""
 
 
 def _ticker(progress: Progress, total: int, what: str) -> Callable[[str], None]:
@@ -38,71 +47,170 @@ def _ticker(progress: Progress, total: int, what: str) -> Callable[[str], None]:
     return tick
 
 
-def time_modes(case: Case, group: Sequence[Contender], rounds: int, progress: Progress) -> report.Timings:
-    """Time the forward and the training step of all contenders of a case, on one set of inputs."""
-    history, target, gradient = contenders.inputs(case, torch.Generator().manual_seed(0))
-    leaves = history.clone().requires_grad_(), target.clone().requires_grad_()
-    calls: dict[str, dict[str, Callable[[], object]]] = {
-        "forward": {c.provider: partial(contenders.forward, c, history, target) for c in group},
-        "training step": {c.provider: partial(contenders.training_step, c, *leaves, gradient) for c in group},
-    }
-    timings = {}
-    for mode in report.MODES:
-        for c in group:
-            c.run.train(mode == "training step")
-        tick = _ticker(progress, rounds * len(group), f"{case.preset} {case.shape} {mode}")
-        timings[mode] = timing.alternate(calls[mode], rounds, tick=tick)
-    for c in group:
-        c.check_backend()
-    return timings
+def group_of(task: Task, backends: Sequence[str]) -> list[Contender]:
+    """The contenders of a task, the framework's eager unit first."""
+    group = contenders.build(task.case, *backends)
+    if not task.brief:
+        return group
+    return [c for i, c in enumerate(group) if i == 0 or c.provider == "folded, torch.compile" or c.backend]
 
 
-def measure(case: Case, backend: str, rounds: int, console: Console) -> report.Timings | None:
-    """Check parity, print it in one line, and time the contenders; None, and no time taken, where parity is red."""
+def tell_parity(what: str, checks: Sequence[Check], console: Console) -> None:
+    """Print it in one line; raise where it is red."""
+    console.print(report.parity_line(what, checks), highlight=False, markup=False)
+    if not all(c.green for c in checks):
+        console.print(report.red_table(what, checks))
+        raise Red
+
+
+def measure(task: Task, backends: Sequence[str], place: str, console: Console) -> Found:
+    """Parity of a task's contenders, then their times, then their memory, each in a fresh process."""
     torch._dynamo.reset()
-    group = contenders.build(case, backend)
+    case, group = task.case, group_of(task, backends)
+    what = f"{case.preset} {case.shape}"
+    timings, grown = {}, {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        what = f"{case.preset} {case.shape} parity (the first round compiles)"
-        checks = parity.check(case, group, tick=_ticker(progress, parity.SEEDS * len(group), what))
-        console.print(report.parity_line(case, checks), highlight=False, markup=False)
-        if not all(c.green for c in checks):
-            console.print(report.red_table(case, checks))
-            return None
-        return time_modes(case, group, rounds, progress)
+        title = f"{place} {what} parity (the first round compiles)"
+        tick = _ticker(progress, task.seeds * len(group), title)
+        served = CANDIDATES in task.modes
+        checks = parity.check_candidates(case, group, tick) if served else parity.check(case, group, task.seeds, tick)
+        tell_parity(f"{what} {CANDIDATES}" if served else what, checks, console)
+        for mode in task.modes:
+            given = contenders.mode_inputs(case, mode)
+            calls = {c.provider: contenders.ready(c, mode, given) for c in group}
+            tick = _ticker(progress, task.rounds * len(group), f"{place} {what} {mode}")
+            timings[mode] = timing.alternate(calls, task.rounds, tick=tick)
+            for c in group:
+                c.check_backend()
+        names = [c.provider for c in group]
+        for mode in task.memory:
+            _ticker(progress, 1, f"{place} {what} {mode}: memory")
+            grown[mode] = memory.megabytes(case, mode, names, backends, torch.get_num_threads())
+    return report.found(task, timings, {c.provider: c.backend or "" for c in group}, grown)
 
 
-def run(cases: Sequence[Case], backend: str, out: Path, console: Console, rounds: int = ROUNDS) -> int:
-    """Measure all cases, print the tables and write the rows; 1, without any speed, where a parity is red."""
-    console.print(report.heading(backend), highlight=False, markup=False)
-    found: list[tuple[Case, report.Timings]] = []
-    for case in cases:
-        timings = measure(case, backend, rounds, console)
-        if timings is None:
-            console.print("Parity is red: no speed is told.", style="bold red")
-            return 1
-        found.append((case, timings))
-    for preset in dict.fromkeys(case.preset for case in cases):
-        console.print(report.speed_table(preset, [f for f in found if f[0].preset == preset]))
-    report.write_csv(out, [row for case, timings in found for row in report.rows(case, timings, backend)])
-    console.print(f"rows: {out}", highlight=False)
-    return 0
+def measure_model(model: models.Model, backend: str, console: Console) -> Found:
+    """Parity of a whole model, then its times."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        tick = _ticker(progress, 2 * MODEL_SEEDS, f"{model.name} parity")
+        tell_parity(model.name, models.check(model, backend, MODEL_SEEDS, tick), console)
+        tick = _ticker(progress, 2 * len(models.MODES) * MODEL_ROUNDS, model.name)
+        return models.measure(model, backend, MODEL_ROUNDS, tick)
+
+
+def run(
+    tasks: Sequence[Task], backends: Sequence[str], with_models: bool, console: Console
+) -> tuple[list[Row], list[Table]]:
+    """Measure all tasks, and whole models, with torch's number of threads; the rows, and tables to be printed.
+
+    Raises:
+        Red: a parity is red; no speed was printed.
+    """
+    found_peak = peak.measure(torch.get_num_threads())
+    console.print(report.heading(backends, found_peak), highlight=False, markup=False)
+    of_peak = None if isinstance(found_peak, str) else found_peak
+    found = [measure(t, backends, f"[{i}/{len(tasks)}]", console) for i, t in enumerate(tasks, start=1)]
+    whole: list[Found] = []
+    kernels = [b for b in backends if b != "reference"]
+    if with_models and kernels:
+        whole = [measure_model(model, kernels[0], console) for model in models.MODELS]
+    elif with_models:
+        console.print("whole models: left out, as din_fast.fuse uses no reference backend", markup=False)
+    rows = [] if of_peak is None else report.machine_rows(of_peak)
+    tables = []
+    for preset in dict.fromkeys(f.preset for f in found):
+        group = [f for f in found if f.preset == preset]
+        of_preset = [row for f in group for row in report.rows(f, of_peak)]
+        tables += [report.speed_table(preset, group), report.more_table(preset, of_preset)]
+        rows += of_preset
+    if whole:
+        tables.append(report.model_table(whole))
+        rows += [row for f in whole for row in report.rows(f, of_peak)]
+    return rows, tables
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="two shapes, two presets")
+    size.add_argument("--sweep", action="store_true", help="batch, length, dim, candidates and threads, added to --out")
+    every = (*MODES, MODELS_MODE)
+    parser.add_argument("--modes", nargs="+", choices=every, default=every, help="(default: all)")
+    choices = ("native", "reference")
+    parser.add_argument("--backend", nargs="+", choices=choices, default=["native"], help=f"of {OURS} (default native)")
+    parser.add_argument("--threads", nargs="+", type=int, help=f"one number after the other (default {THREADS})")
+    parser.add_argument("--out", type=Path, help=f"the rows (default {ROWS}, of --quick {QUICK_ROWS})")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.csv", help=f"tell which rows of {OURS} differ by over 5 %%"
+    )
+    args = parser.parse_args(arguments)
+    args.backend = list(dict.fromkeys(args.backend))
+    for backend in args.backend:
+        reason = dispatch.why_not(backend, torch.device("cpu"))
+        if reason is not None:
+            parser.error(f"--backend {backend}: {reason}")
+    args.threads = args.threads or ([1, THREADS] if args.sweep else [THREADS])
+    if min(args.threads) < 1:
+        parser.error(f"--threads: expected at least 1, got {min(args.threads)}")
+    args.out = args.out or (QUICK_ROWS if args.quick else ROWS)
+    args.old = _rows_of_this_machine(parser, "--compare", args.compare, args.backend)
+    # A sweep adds to the rows of a full run, which must be of the same machine.
+    args.kept = _rows_of_this_machine(parser, "--out", args.out if args.sweep else None, args.backend)
+    return args
+
+
+def _rows_of_this_machine(
+    parser: argparse.ArgumentParser, option: str, path: Path | None, backends: Sequence[str]
+) -> list[Row]:
+    """The rows of a file, or an error before anything is measured; none for an option that was not given."""
+    if path is None or (option == "--out" and not path.exists()):
+        return []
+    try:
+        rows = report.read_csv(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"{option}: {error}")
+    sets = {backend: report.instruction_set(backend) for backend in backends}
+    reason = compare.objection(rows, report.processor(), sets)
+    if reason is not None:
+        parser.error(f"{option}: {path} cannot be compared with what runs here: {reason}")
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", required=True, help="two shapes, two presets (all there is yet)"
-    )
-    parser.add_argument("--backend", choices=("native", "reference"), default="native", help="of din_fast")
-    parser.add_argument("--out", type=Path, default=Path("results/bench/quick.csv"), help="where the rows go")
-    args = parser.parse_args(arguments)
-    reason = dispatch.why_not(args.backend, torch.device("cpu"))
-    if reason is not None:
-        parser.error(f"--backend {args.backend}: {reason}")
-    torch.set_num_threads(THREADS)
-    return run(QUICK, args.backend, args.out, Console())
+    """The command line; returns the exit code: 1, without any speed, where a parity is red."""
+    args = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    rows: list[Row] = []
+    tables: list[Table] = []
+    with_models = MODELS_MODE in args.modes and not args.sweep
+    try:
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            more_rows, more_tables = run(tasks_of(args, threads), args.backend, with_models, console)
+            rows, tables = rows + more_rows, tables + more_tables
+    except Red:
+        console.print("Parity is red: no speed is told.", style="bold red")
+        return 1
+    tables += scaling.tables(rows)
+    if args.old:
+        tables.append(compare.table(compare.changes(args.old, rows), compare.compared(args.old, rows)))
+    for table in tables:
+        console.print(table)
+    report.write_csv(args.out, report.merged(args.kept, rows))
+    console.print(f"rows: {args.out}", highlight=False)
+    return 0
+
+
+def tasks_of(args: argparse.Namespace, threads: int) -> list[Task]:
+    """What a command line measures with a number of threads: all of a sweep with the last one, s3 with each."""
+    if args.sweep:
+        tasks = [cases.scaling(threads), *(cases.sweep() if threads == args.threads[-1] else [])]
+    else:
+        tasks = cases.quick() if args.quick else cases.full()
+    return cases.only(tasks, args.modes)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ something. Every contender has its own copy of the weights, so that each keeps i
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +19,14 @@ from bench import peers
 from din_fast import FusedActivationUnit, preset
 
 OURS = "din_fast"
+# What is measured of a case. Forward: in evaluation, without gradients; training: forward and backward with statistics
+# of the batch; candidates: forward of B candidates over one history.
+FORWARD, TRAINING, CANDIDATES = MODES = ("forward", "training", "candidates")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One preset (``rechub`` or ``fuxictr``) at one shape: B, L, D and the hidden layers; Dice, all positions valid."""
+    """One preset at one shape: B, L, D and the hidden layers; the activation of the preset, all positions valid."""
 
     preset: str
     batch: int
@@ -82,54 +87,71 @@ class Folded(nn.Module):
     """A framework's unit with its first Linear folded, in plain torch: nothing of size (positions x 4D) is written.
 
     ``z = A_q q + b + (A_k + A_p diag(q)) k`` with A_q = W0 + W2, A_k = W1 - W2, A_p = W3 for the blocks W0..W3 of the
-    columns [q, k, q-k, q*k]; then the unit's own modules. For torch-rechub and FuxiCTR, all positions valid.
+    columns [q, k, q-k, q*k]; then the unit's own modules, but for its dropouts (of 0). All positions valid.
     """
 
     def __init__(self, name: str, unit: nn.Module) -> None:
         super().__init__()
-        if name not in ("rechub", "fuxictr"):
-            raise ValueError(f"name: expected rechub or fuxictr, got {name!r}")
         self.unit = unit
+        self.softmax = peers.has_softmax(unit)
+        self.flat = name != "deepctr"  # DeepCTR-Torch's Dice takes (B, L, H), the others' (B L, H)
+        self.scaled = name == "recbole"  # by 1/sqrt(D)
 
     def forward(self, history: Tensor, target: Tensor) -> Tensor:
-        unit: Any = self.unit
-        first, *rest = unit.attention_layer.mlp if hasattr(unit, "attention_layer") else unit.attention.mlp
+        first, *rest = (m for m in peers.chain(self.unit) if not isinstance(m, nn.Dropout))
+        assert isinstance(first, nn.Linear)
         w_q, w_k, w_d, w_p = first.weight.chunk(4, dim=1)
         matrix = (w_k - w_d) + target.unsqueeze(1) * w_p  # (B, H, D)
         constant = torch.addmm(first.bias, target, (w_q + w_d).t())  # (B, H)
-        x = torch.baddbmm(constant.unsqueeze(1), history, matrix.transpose(1, 2)).flatten(0, 1)
+        x = torch.baddbmm(constant.unsqueeze(1), history, matrix.transpose(1, 2))
+        if self.flat:
+            x = x.flatten(0, 1)
         for module in rest:
             x = module(x)
         weight = x.view(history.shape[:2])
-        if unit.use_softmax:
+        if self.scaled:
+            weight = weight / history.shape[2] ** 0.5
+        if self.softmax:
             weight = weight.softmax(dim=-1)
         return torch.bmm(weight.unsqueeze(1), history).squeeze(1)
 
 
-def build(case: Case, backend: str) -> list[Contender]:
+def host(case: Case) -> nn.Module:
+    """The framework's own unit of a case, with its own initial weights."""
+    return peers.build(case.preset, case.dim, case.hidden_units, length=case.length)
+
+
+def ours(backend: str, first: bool = True) -> str:
+    """The name of din_fast on a backend; the first one that is asked for is just :data:`OURS`."""
+    return OURS if first else f"{OURS}, {backend}"
+
+
+def build(case: Case, *backends: str) -> list[Contender]:
     """The contenders of a case, float32, with the same weights; the framework's eager unit first, din_fast last.
 
     Args:
         case: preset and shape.
-        backend: the backend of din_fast, by name: ``native`` or ``reference``.
+        backends: the backends of din_fast, by name: ``native``, ``triton`` or ``reference``. The first is
+            :data:`OURS`, which the others are compared with.
     """
-    host = peers.build(case.preset, case.dim, case.hidden_units)
+    unit = host(case)
     package = peers.PACKAGES[case.preset]
-    fused = FusedActivationUnit(case.dim, spec=preset(case.preset, case.hidden_units), backend=backend)
-    peers.copy_weights(host, fused)
     found = []
     for provider, form in ((package, Plain), ("folded", Folded)):
-        unit = copy.deepcopy(host)
-        found.append(Contender(f"{provider}, eager", unit, form(case.preset, unit)))
-        unit = copy.deepcopy(host)
-        compiled: Any = torch.compile(form(case.preset, unit), dynamic=False)
-        found.append(Contender(f"{provider}, torch.compile", unit, compiled))
-    return [*found, Contender(OURS, fused, fused, backend)]
+        eager, compiled = copy.deepcopy(unit), copy.deepcopy(unit)
+        found.append(Contender(f"{provider}, eager", eager, form(case.preset, eager)))
+        run: Any = torch.compile(form(case.preset, compiled), dynamic=False)
+        found.append(Contender(f"{provider}, torch.compile", compiled, run))
+    for backend in backends:
+        fused = FusedActivationUnit(case.dim, spec=preset(case.preset, case.hidden_units), backend=backend)
+        peers.copy_weights(unit, fused)
+        found.append(Contender(ours(backend, backend == backends[0]), fused, fused, backend))
+    return found
 
 
 def plain(case: Case, dtype: torch.dtype) -> Contender:
     """The framework's own unit, eager, in another dtype: float64 is what the others are compared with."""
-    unit = peers.build(case.preset, case.dim, case.hidden_units).to(dtype)
+    unit = host(case).to(dtype)
     return Contender(f"{peers.PACKAGES[case.preset]} {dtype}", unit, Plain(case.preset, unit))
 
 
@@ -161,6 +183,27 @@ def inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, Tens
     shapes = ((b, length, d), (b, d), (b, d))
     history, target, gradient = (torch.randn(s, generator=generator) for s in shapes)
     return history, target, gradient
+
+
+def shared_inputs(case: Case) -> tuple[Tensor, Tensor]:
+    """One history for all candidates (B, L, D), as a view of stride 0, and the candidates (B, D)."""
+    g = torch.Generator().manual_seed(0)
+    history = torch.randn(1, case.length, case.dim, generator=g)
+    return history.expand(case.batch, -1, -1), torch.randn(case.batch, case.dim, generator=g)
+
+
+def mode_inputs(case: Case, mode: str) -> tuple[Tensor, ...]:
+    """What :func:`ready` hands over in one of :data:`MODES`."""
+    if mode == CANDIDATES:
+        return shared_inputs(case)
+    history, target, gradient = inputs(case, torch.Generator().manual_seed(0))
+    return (history, target) if mode == FORWARD else (history.requires_grad_(), target.requires_grad_(), gradient)
+
+
+def ready(contender: Contender, mode: str, given: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """Set a contender to training or evaluation, and give the call that is timed."""
+    contender.run.train(mode == TRAINING)
+    return partial(training_step if mode == TRAINING else forward, contender, *given)
 
 
 def forward(contender: Contender, history: Tensor, target: Tensor) -> Tensor:

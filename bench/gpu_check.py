@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor
 
 import din_fast
-from bench import contenders, parity, peers, serve, timing
+from bench import cases, contenders, parity, peers, timing
 from bench.contenders import Case, Contender
 from din_fast import FusedActivationUnit, UnitSpec, preset, reference, tune
 from din_fast.backends import triton
@@ -601,9 +601,9 @@ def check_times(run: Run, case: Case, number: Number) -> str:
 
 def check_serving(run: Run, number: Number) -> str:
     """Many candidates over one history, which the others are given expanded, as a view; parity first."""
-    case = TINY_SERVE if run.gpu.dry_run else serve.SERVE
+    case = TINY_SERVE if run.gpu.dry_run else cases.SERVE
     run.gpu.require_number(number)
-    expanded, candidates = serve.shared_inputs(case)
+    expanded, candidates = contenders.shared_inputs(case)
     target, one = (t.to(run.gpu.device, number.dtype) for t in (candidates, expanded[:1]))
     history = one.expand(case.batch, -1, -1)  # moved to a device, the view would be copied out
     with number.set():
@@ -616,7 +616,7 @@ def check_serving(run: Run, number: Number) -> str:
         plain, ours = (contenders.forward(c, history, target) for c in (group[0], group[-1]))
         hold_to_rule(number, {"output": truths}, {"output": plain}, {"output": ours})
         calls = {c.provider: partial(contenders.forward, c, history, target) for c in group}
-        told = take_times(run, case, number, serve.MODE, calls)
+        told = take_times(run, case, number, contenders.CANDIDATES, calls)
         group[-1].check_backend()
     return told
 

@@ -1,9 +1,9 @@
 """Whether the contenders of a case compute the same function: no speed is told before this is green.
 
-Truth is the framework's own unit in float64. For the output in evaluation, and for the output, every gradient and the
-running statistics of a training step, on the maximum and on the root mean square over all seeds:
+Truth is the framework's own unit (or whole model) in float64. For the output in evaluation, and for the output, every
+gradient and the running statistics of a training step, on the maximum and on the root mean square over all seeds:
 
-    error(contender) <= 2 * error(framework's unit, float32) + 32 * u * S
+    error(contender) <= 2 * error(the framework's own, float32) + 32 * u * S
 
 with u the unit roundoff of float32 and S the largest value of the tensor, at least a tenth of that of its group (the
 outputs, the gradients, the statistics). Right regrouping of sums passes this; the rule does not bend.
@@ -11,7 +11,7 @@ outputs, the gradients, the statistics). Right regrouping of sums passes this; t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from bench import contenders, peers
 from bench.contenders import Case, Contender
 
 SEEDS = 8
+Results = dict[str, Tensor]  # what must agree, by name: "training output", "gradient history", "statistics ..."
 UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2
 
 
@@ -57,7 +58,7 @@ class _Errors:
         self.squares: dict[str, float] = {}
         self.count: dict[str, int] = {}
 
-    def add(self, got: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    def add(self, got: Results, truth: Results) -> None:
         for name, t in truth.items():
             error = (got[name].double().reshape(t.shape) - t).abs()
             largest = torch.tensor([self.largest.get(name, 0.0), float(error.max())]).max()  # keeps a NaN
@@ -69,7 +70,7 @@ class _Errors:
         return self.largest[name] if kind == "max" else float((self.squares[name] / self.count[name]) ** 0.5)
 
 
-def everything(contender: Contender, history: Tensor, target: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+def everything(contender: Contender, history: Tensor, target: Tensor, gradient: Tensor) -> Results:
     """All that a case's contenders must agree on, by name."""
     contender.run.eval()
     result = {"evaluation output": contenders.forward(contender, history, target).clone()}
@@ -99,33 +100,73 @@ def check(
     The first contender must be the framework's own eager unit: it is what "plain" means.
     """
     truth_unit = contenders.plain(case, torch.float64)
-    errors = {c.provider: _Errors() for c in group}
+
+    def rounds() -> Iterator[tuple[Results, dict[str, Results]]]:
+        for seed in range(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            history, target, gradient = contenders.inputs(case, generator)
+            start = contenders.host(case)
+            contenders.randomise(start, generator)
+            peers.copy_weights(start, truth_unit.unit)
+            truth = everything(truth_unit, history.double(), target.double(), gradient.double())
+            found = {}
+            for c in group:
+                tick(c.provider)
+                peers.copy_weights(start, c.unit)
+                found[c.provider] = everything(c, history, target, gradient)
+            yield truth, found
+
+    return compare(rounds())
+
+
+def check_candidates(
+    case: Case, group: Sequence[Contender], tick: Callable[[str], object] = lambda provider: None
+) -> list[Check]:
+    """The same for the output in evaluation of many candidates over one history; one seed."""
+    history, target = contenders.shared_inputs(case)
+    start = contenders.host(case)
+    contenders.randomise(start, torch.Generator().manual_seed(1))
+    found = {}
+    for c in group:
+        tick(c.provider)
+        peers.copy_weights(start, c.unit)
+        c.run.eval()
+        found[c.provider] = {"evaluation output": contenders.forward(c, history, target).clone()}
+        c.check_backend()
+    truth = contenders.plain(case, torch.float64)
+    peers.copy_weights(start, truth.unit)
+    truth.run.eval()
+    # In slices: in float64 all at once it would take gigabytes.
+    parts = zip(history.double().split(64), target.double().split(64), strict=True)
+    right = torch.cat([contenders.forward(truth, h, t) for h, t in parts])
+    return compare([({"evaluation output": right}, found)])
+
+
+def compare(rounds: Iterable[tuple[Results, Mapping[str, Results]]]) -> list[Check]:
+    """Hold results to the rule.
+
+    Args:
+        rounds: for each seed the truth, and what each contender gave, by provider; the first one is what "plain" means.
+    """
+    errors: dict[str, _Errors] = {}
     size: dict[str, float] = {}
-    for seed in range(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        history, target, gradient = contenders.inputs(case, generator)
-        start = peers.build(case.preset, case.dim, case.hidden_units)
-        contenders.randomise(start, generator)
-        peers.copy_weights(start, truth_unit.unit)
-        truth = everything(truth_unit, history.double(), target.double(), gradient.double())
+    for truth, found in rounds:
         for name, t in truth.items():
             size[name] = max(size.get(name, 0.0), float(t.abs().max()))
-        for c in group:
-            tick(c.provider)
-            peers.copy_weights(start, c.unit)
-            errors[c.provider].add(everything(c, history, target, gradient), truth)
+        for provider, got in found.items():
+            errors.setdefault(provider, _Errors()).add(got, truth)
     largest: dict[str, float] = {}
     for name, s in size.items():
         largest[_group(name)] = max(largest.get(_group(name), 0.0), s)
-    plain = errors[group[0].provider]
+    plain = next(iter(errors.values()))
     checks = []
-    for c in group:
+    for provider, of_it in errors.items():
         for name, reach in size.items():
             scale = max(reach, 0.1 * largest[_group(name)])
             for kind in ("max", "rms"):
-                ours, theirs = errors[c.provider].of(name, kind), plain.of(name, kind)
+                error, theirs = of_it.of(name, kind), plain.of(name, kind)
                 allowed = 2 * theirs + 32 * UNIT_ROUNDOFF * scale
-                checks.append(Check(c.provider, name, kind, ours, theirs, allowed))
+                checks.append(Check(provider, name, kind, error, theirs, allowed))
     return checks
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from bench import __main__ as command
 from bench import contenders, hosts, parity, peers, timing
 from bench.contenders import Case, Contender
 from din_fast import preset, reference
@@ -24,13 +19,13 @@ from din_fast import preset, reference
 DIM = 6
 HIDDEN = (7, 5)
 ACTIVATIONS = ("dice", "relu", "prelu", "sigmoid", "identity")
-MASKS = [("rechub", False), ("fuxictr", False), ("fuxictr", True), ("deepctr", False), ("deepctr", True)]
-SMALL = {name: Case(name, 5, 9, DIM, HIDDEN) for name in ("fuxictr", "rechub")}
+MASKS = [(name, False) for name in peers.PACKAGES] + [("fuxictr", True), ("deepctr", True)]
+SMALL = {name: Case(name, 5, 9, DIM, HIDDEN) for name in peers.PACKAGES}
 
 
 def host_unit(name: str, activation: str = "dice", softmax: bool = False) -> nn.Module:
     """A framework's unit in float64 with weights and statistics that test something."""
-    unit = peers.build(name, DIM, HIDDEN, activation, softmax).double()
+    unit = peers.build(name, DIM, HIDDEN, activation, softmax, length=9).double()
     contenders.randomise(unit, torch.Generator().manual_seed(1))
     return unit
 
@@ -82,6 +77,23 @@ def test_a_framework_s_unit_is_the_reference(
     same(host, ours, run, train)
 
 
+def test_recbole_s_unit_takes_lengths() -> None:
+    lengths = torch.tensor([9, 4, 1, 9, 0])
+    valid = torch.arange(9) < lengths[:, None]
+    host = host_unit("recbole", "sigmoid")
+    ours = reference.ActivationUnit(DIM, preset("recbole", HIDDEN)).double()
+    peers.copy_weights(host, ours)
+    run = {host: partial(peers.call, "recbole", host, valid=valid), ours: partial(ours, valid=valid)}
+    same(host, ours, run, train=True)
+    with pytest.raises(ValueError, match="valid: RecBole's unit takes lengths"):
+        peers.call("recbole", host, torch.randn(5, 9, DIM), torch.randn(5, DIM), ragged())
+
+
+@pytest.mark.parametrize("name", peers.PACKAGES)
+def test_the_activation_that_is_timed_is_the_preset_s(name: str) -> None:
+    assert preset(name, HIDDEN) == preset(name, HIDDEN, peers.ACTIVATIONS[name])
+
+
 @pytest.mark.parametrize("name", ["fuxictr", "deepctr"])
 def test_an_empty_history_under_softmax_is_the_uniform_mean(name: str) -> None:
     history = torch.randn(5, 9, DIM, dtype=torch.float64)
@@ -96,14 +108,13 @@ def test_torch_rechub_takes_no_mask() -> None:
 
 
 def test_an_unknown_framework_is_named() -> None:
-    with pytest.raises(ValueError, match="name: expected one of rechub, fuxictr, deepctr; got 'tensorflow'"):
+    with pytest.raises(ValueError, match="name: expected one of rechub, fuxictr, deepctr, recbole; got 'tensorflow'"):
         peers.build("tensorflow", DIM, HIDDEN)
 
 
 def test_stand_ins_are_gone_after_the_import() -> None:
     for name in peers.PACKAGES:
         peers.build(name, DIM, HIDDEN)
-    hosts.load("recbole.model.layers")
     for package in (name for stubs, _ in hosts.STANDING_IN.values() for name in stubs):
         assert package not in sys.modules or sys.modules[package].__spec__ is not None, f"{package} is still a stand-in"
 
@@ -141,9 +152,9 @@ def test_weights_of_other_layers_are_not_copied() -> None:
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize("name", ["fuxictr", "rechub"])
+@pytest.mark.parametrize("name", peers.PACKAGES)
 def test_the_folded_form_is_the_unit(name: str, softmax: bool, train: bool) -> None:
-    host = host_unit(name, softmax=softmax)
+    host = host_unit(name, peers.ACTIVATIONS[name], softmax)
     other = copy.deepcopy(host)
     same(host, other, {host: contenders.Plain(name, host), other: contenders.Folded(name, other)}, train)
 
@@ -246,77 +257,59 @@ class Broken(nn.Module):
         return out * torch.nan if self.what == "nan" else out
 
 
-def broken_group(what: str, case: Case, backend: str) -> list[Contender]:
-    *others, ours = contenders_build(case, backend)
+def broken_group(what: str, case: Case, *backends: str) -> list[Contender]:
+    *others, ours = contenders_build(case, *backends)
     if what == "statistics":
         for module in ours.unit.modules():
             if isinstance(module, nn.BatchNorm1d):
                 module.momentum = 0.02
-    return [*others, Contender(ours.provider, ours.unit, Broken(ours.unit, what), backend)]
+    return [*others, Contender(ours.provider, ours.unit, Broken(ours.unit, what), ours.backend)]
 
 
 contenders_build = contenders.build
 
 
-def quick_run(monkeypatch: pytest.MonkeyPatch, out: Path) -> tuple[int, str]:
-    """The command on two small cases, with eager in place of compiled contenders: exit code and what it printed."""
+@pytest.mark.parametrize("name", peers.PACKAGES)
+def test_the_contenders_agree_with_float64(name: str, any_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
-    monkeypatch.setattr(timing, "alternate", partial(timing.alternate, seconds=0.002))
-    printed = io.StringIO()
-    console = Console(file=printed, width=160)
-    return command.run(tuple(SMALL.values()), "reference", out, console, rounds=1), printed.getvalue()
+    group = contenders.build(SMALL[name], any_backend)
+    assert [c.provider for c in group] == [
+        *(f"{peers.PACKAGES[name]}, {how}" for how in ("eager", "torch.compile")),
+        *("folded, eager", "folded, torch.compile", "din_fast"),
+    ]
+    assert all(c.green for c in parity.check(SMALL[name], group))
+    assert group[-1].unit.last_backend == any_backend
+    assert all(c.green for c in parity.check_candidates(SMALL[name], group))
+
+
+@pytest.mark.parametrize("what", ["output", "nan"])
+def test_broken_candidates_are_red(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    case = SMALL["rechub"]
+    checks = parity.check_candidates(case, broken_group(what, case, "reference"))
+    assert {c.provider for c in checks if not c.green} == {"din_fast"}
 
 
 @pytest.mark.parametrize("what", ["output", "nan", "gradient", "statistics"])
-def test_red_parity_tells_no_speed(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(contenders, "build", partial(broken_group, what))
-    code, printed = quick_run(monkeypatch, tmp_path / "rows.csv")
-    assert code == 1
-    assert ") RED," in printed and "no speed is told" in printed
-    assert "milliseconds" not in printed and "times" not in printed
-    assert not (tmp_path / "rows.csv").exists()
-
-
-def test_a_red_case_hides_the_speed_of_the_cases_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def build(case: Case, backend: str) -> list[Contender]:
-        return broken_group("output", case, backend) if case.preset == "rechub" else contenders_build(case, backend)
-
-    monkeypatch.setattr(contenders, "build", build)
-    code, printed = quick_run(monkeypatch, tmp_path / "rows.csv")
-    assert code == 1
-    assert ") green," in printed and ") RED," in printed and "milliseconds" not in printed
-    assert not (tmp_path / "rows.csv").exists()
-
-
-def test_green_parity_tells_the_speed_and_writes_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "rows.csv"
-    code, printed = quick_run(monkeypatch, out)
-    assert code == 0
-    assert printed.count(") green,") == 2 and ") RED," not in printed
-    assert printed.count("milliseconds") == 2  # a table per preset
-    with out.open(newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert len(rows) == 2 * 2 * 5  # presets, modes, contenders
-    assert {r["preset"] for r in rows} == {"fuxictr", "rechub"}
-    assert {r["shape"] for r in rows} == {"(5, 9, 6, [7, 5])"}
-    assert all(0 < float(r["p20"]) <= float(r["value"]) <= float(r["p80"]) for r in rows)
-    assert [r["backend"] for r in rows if r["provider"] == "din_fast"] == ["reference"] * 4
-    assert all(r["timestamp"] and r["processor"] and "torch=" in r["versions"] for r in rows)
-
-
-def test_parity_passes_what_is_right_and_names_what_is_not(any_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_names_what_is_wrong(what: str, any_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     case = SMALL["fuxictr"]
-    assert all(c.green for c in parity.check(case, contenders.build(case, any_backend)))
-    red = {c.tensor for c in parity.check(case, broken_group("gradient", case, any_backend)) if not c.green}
-    assert red == {"gradient history"}
+    red = {c.tensor for c in parity.check(case, broken_group(what, case, any_backend)) if not c.green}
+    expected = {
+        "output": {"evaluation output", "training output"},
+        "nan": {"evaluation output", "training output"},
+        "gradient": {"gradient history"},
+        "statistics": {f"statistics {i}.bn.running_{which}" for i in (1, 3) for which in ("mean", "var")},
+    }
+    assert expected[what] <= red
+    assert what != "gradient" or red == expected[what]
 
 
-def test_the_command_refuses_a_backend_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("din_fast.backends.native.why_not", lambda: "no compiler was found")
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["--quick"])
-    assert stopped.value.code == 2
-    assert "no compiler was found" in capsys.readouterr().err
+def test_several_backends_are_told_apart(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    group = contenders.build(SMALL["recbole"], backend, "reference")
+    assert [(c.provider, c.backend) for c in group[-2:]] == [
+        ("din_fast", backend),
+        ("din_fast, reference", "reference"),
+    ]
+    assert all(c.green for c in parity.check(SMALL["recbole"], group, seeds=2))

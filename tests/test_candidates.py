@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import din_fast
-from bench import serve
-from bench.contenders import OURS
+from bench import cases, memory
+from bench.contenders import CANDIDATES, OURS
 from din_fast import preset
 from tests.truth import MASKINGS, Case, assert_near, draw, fused_unit
 
@@ -101,7 +101,7 @@ def test_same_bits_with_any_number_of_threads(
 
 def test_scoring_512_candidates_takes_no_memory_to_speak_of() -> None:
     """At most 5 MB beyond inputs and output, the 2 MB of weights included, where plain PyTorch takes over 1 GB."""
-    grown = serve.megabytes(serve.SERVE, OURS)
+    grown = memory.megabytes(cases.SERVE, CANDIDATES, [OURS], ["native"], threads=2)[OURS]
     if isnan(grown):
         pytest.skip("the peak of a process's memory is told by Linux's /proc only")
     assert grown <= 5

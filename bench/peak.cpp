@@ -1,0 +1,99 @@
+// How fast this machine multiplies and adds floats with nothing else to do: ./peak THREADS
+// Prints one line: clock (GHz a thread), GFLOP/s of all threads with vectors of 8 floats, and of 16.
+// Each repetition runs all threads at once. Of the operations the best repetition is told, of the clock the fastest thread.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int CHAINS = 12;  // a latency of 4 cycles times 2 units is 8; 12 and two operands fit into 16 registers
+constexpr double SECONDS = 0.002;  // below what a scheduler gives at a time, so that some repetitions are undisturbed
+constexpr int REPETITIONS = 150;
+
+using Clock = std::chrono::steady_clock;
+typedef float Vector8 __attribute__((vector_size(32)));
+typedef float Vector16 __attribute__((vector_size(64)));
+
+// CHAINS independent chains of fused multiply-adds in registers, `turns` long: the operations that were done.
+template <class Vector>
+double multiply_add(long turns) {
+  Vector sums[CHAINS], factor, step;
+  volatile float factor_now = 0.999f, step_now = 0.001f;  // not known to the compiler; the sums stay near 1
+  factor = factor_now - Vector{};
+  step = step_now - Vector{};
+  for (int c = 0; c < CHAINS; ++c) sums[c] = step * float(c);
+  for (long t = 0; t < turns; ++t) {
+#pragma GCC unroll 12
+    for (int c = 0; c < CHAINS; ++c) sums[c] = sums[c] * factor + step;
+  }
+  Vector all{};
+  for (int c = 0; c < CHAINS; ++c) all += sums[c];
+  volatile float kept = all[0];
+  (void)kept;
+  return 2.0 * (sizeof(Vector) / sizeof(float)) * CHAINS * double(turns);
+}
+
+// A chain of integer additions, each of which needs the one before and takes a cycle: the cycles.
+double add(long turns) {
+  volatile long step_now = 3;
+  long sum = 0, step = step_now;
+  for (long t = 0; t < turns; ++t) {
+#pragma GCC unroll 64
+    for (int i = 0; i < 64; ++i) {
+      sum += step;
+      asm volatile("" : "+r"(sum));  // else they would become one
+    }
+  }
+  return 64.0 * double(turns);
+}
+
+struct Rate {
+  double all = 0, one = 0;
+};
+
+// Units of work a nanosecond: of all threads together, and of the fastest.
+Rate rate(double (*work)(long), int threads) {
+  long turns = 1000;
+  for (;;) {  // long enough for the clock
+    auto begin = Clock::now();
+    work(turns);
+    double took = std::chrono::duration<double>(Clock::now() - begin).count();
+    if (took >= SECONDS) break;
+    turns = std::max(2 * turns, long(double(turns) * 1.1 * SECONDS / std::max(took, 1e-6)));
+  }
+  Rate best;
+  for (int r = 0; r < REPETITIONS; ++r) {
+    std::atomic<int> ready{0};
+    std::vector<double> rates(threads);
+    std::vector<std::thread> running;
+    for (int i = 0; i < threads; ++i)
+      running.emplace_back([&, i] {
+        ++ready;
+        while (ready < threads) std::this_thread::yield();
+        auto begin = Clock::now();
+        double done = work(turns);
+        rates[i] = done / std::chrono::duration<double, std::nano>(Clock::now() - begin).count();
+      });
+    for (auto& t : running) t.join();
+    double sum = 0;
+    for (double x : rates) sum += x;
+    best.all = std::max(best.all, sum);
+    best.one = std::max(best.one, *std::max_element(rates.begin(), rates.end()));
+  }
+  return best;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+  double cycles = rate(add, threads).one;
+  double of_8 = rate(multiply_add<Vector8>, threads).all, of_16 = rate(multiply_add<Vector16>, threads).all;
+  std::printf("%.6g %.6g %.6g\n", cycles, of_8, of_16);
+}
