@@ -6,6 +6,7 @@ something. Every contender has its own copy of the weights, so that each keeps i
 
 from __future__ import annotations
 
+import ast
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ class Case:
     length: int
     dim: int
     hidden_units: tuple[int, ...]
+
+    @classmethod
+    def of(cls, preset: str, shape: str) -> Case:
+        """The case of a preset that has this :attr:`shape`."""
+        batch, length, dim, hidden_units = ast.literal_eval(shape)
+        return cls(preset, batch, length, dim, tuple(hidden_units))
 
     @property
     def shape(self) -> str:

@@ -11,10 +11,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import exp, log
 from pathlib import Path
 
-from bench import models, peers, plot, report, scaling
+from bench import limits, models, peers, plot, report, scaling
 from bench.__main__ import ROWS
 from bench.contenders import OURS
-from bench.report import BANDWIDTH, FMA_SHARE, MACHINE, MEBIBYTES, MILLISECONDS, SAMPLES, UNIT_SHARE, Row
+from bench.report import (
+    BANDWIDTH,
+    CLOCK,
+    DICE,
+    FMA_SHARE,
+    MACHINE,
+    MEBIBYTES,
+    MILLISECONDS,
+    PEAK,
+    PEAK_SHARE,
+    SAMPLES,
+    UNIT_SHARE,
+    Row,
+)
 
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 FOLDED = "folded, torch.compile"
@@ -88,10 +101,9 @@ def where(rows: Sequence[Row]) -> str:
     lines = [f"{ours.processor}, {ours.threads} threads, {OURS} {ours.backend} with {ours.instruction_set}; {versions}"]
     peak = {row.metric: row.value for row in rows if row.provider == MACHINE and row.threads == ours.threads}
     if peak:
-        gflops, clock, share = peak.values()
         lines.append(
-            f"FMA peak of these threads, measured: {gflops:.0f} GFLOP/s at {clock:.2f} GHz, "
-            f"{share:.0%} of the theoretical one"
+            f"FMA peak of these threads, measured: {peak[PEAK]:.0f} GFLOP/s at {peak[CLOCK]:.2f} GHz, "
+            f"{peak[PEAK_SHARE]:.0%} of the theoretical one; {peak[DICE]:.1f} billion Dice a second"
         )
     disturbed, rounds = sum(row.disturbed for row in timed), sum(row.rounds for row in timed)
     lines.append(f"{disturbed} of {rounds} rounds were disturbed by other processes")
@@ -198,6 +210,12 @@ def text(rows: Sequence[Row], figures: Sequence[str]) -> str:
             table(scaling.EXPONENT_HEADINGS, scaling.exponents(most)),
         ),
         ("Threads at s3:", table(scaling.THREAD_HEADINGS, scaling.threads(rows))),
+        (
+            "The floor: the unavoidable multiplications and additions at the FMA peak, and each activation once (in "
+            "training twice) at the rate of the kernel's own arithmetic in the cache, as if nothing else took time. At "
+            "the floor, the compiled folded form would take that many times as long.",
+            table(limits.HEADINGS, limits.lines(most)),
+        ),
         (f"Where {OURS} is under {WANTED} times as fast as the compiled folded form:", slow_cases(rows)),
     ]
     blocks = [f"{head}\n\n{body}" if head else body for head, body in parts if body]

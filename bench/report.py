@@ -26,6 +26,8 @@ from din_fast.backends import native
 
 MACHINE = "machine"  # the provider of the rows about the machine itself
 MILLISECONDS, SAMPLES, MEBIBYTES = "milliseconds", "samples a second", "MiB beyond inputs"
+PEAK, CLOCK, PEAK_SHARE = "FMA peak, GFLOP/s", "clock, GHz", "share of theoretical FMA peak"
+DICE = "Dice, 10^9 a second"
 FMA_SHARE, BANDWIDTH, UNIT_SHARE = "share of FMA peak", "GB a second", "share of the units"
 
 
@@ -196,7 +198,7 @@ def rows(f: Found, peak: Peak | None) -> list[Row]:
 def machine_rows(peak: Peak) -> list[Row]:
     """The FMA peak that shares are of, and the clock."""
     f = Found("", "", "", "", 0, {}, {})
-    told = {"FMA peak, GFLOP/s": peak.gflops, "clock, GHz": peak.clock, "share of theoretical FMA peak": peak.share}
+    told = {PEAK: peak.gflops, CLOCK: peak.clock, PEAK_SHARE: peak.share, DICE: peak.dice}
     return [_row(f, MACHINE, "", metric, (value, value, value), 1, 0) for metric, value in told.items()]
 
 

@@ -14,13 +14,28 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cases, compare, contenders, memory, models, parity, peak, peers, plot, readme, report, scaling, timing
+from bench import (
+    cases,
+    compare,
+    contenders,
+    limits,
+    memory,
+    models,
+    parity,
+    peak,
+    peers,
+    plot,
+    readme,
+    report,
+    scaling,
+    timing,
+)
 from bench.contenders import CANDIDATES, FORWARD, TRAINING, Case
 from bench.parity import Check
 from bench.report import Row
 from tests.test_bench import broken_group, contenders_build
 
-PEAK = peak.Peak(threads=2, clock=3.0, gflops=100.0, lanes=8)
+PEAK = peak.Peak(threads=2, clock=3.0, gflops=100.0, lanes=8, dice=5.0)
 TINY: tuple[int, int, int, tuple[int, ...]] = (5, 9, 6, (7, 5))
 
 
@@ -367,19 +382,28 @@ def test_flops_and_bytes_by_hand() -> None:
     assert cases.moved_bytes(case, CANDIDATES) == 4 * (5 * 2 + 3 * 2)
 
 
+def test_the_floor_is_the_operations_and_activations_at_the_machine_s_rates() -> None:
+    case = contenders.Case("fuxictr", 3, 5, 2, (4, 6))
+    assert contenders.Case.of("fuxictr", case.shape) == case
+    products = 2 * 3 * (5 * (2 * 4 + 4 * 6 + 6 + 2) + 2 * 4)
+    assert limits.floor(case, FORWARD, 100.0, 5.0) == pytest.approx(1e-6 * (products / 100 + 3 * 5 * 10 / 5))
+    assert limits.floor(case, TRAINING, 100.0, 5.0) == pytest.approx(1e-6 * (3 * products / 100 + 2 * 3 * 5 * 10 / 5))
+
+
 def test_the_peak_s_loop_compiles_and_runs() -> None:
     if peak.compiler() is None:
         pytest.skip("no C++ compiler was found")
     found = peak.measure(1)
     assert isinstance(found, peak.Peak), found
     assert found.gflops > 0 and 0.3 < found.clock < 10 and found.lanes in (8, 16) and found.threads == 1
+    assert 0.01 < found.dice < found.gflops
 
 
 def test_the_width_of_the_data_path() -> None:
-    assert peak.judge(2, 3.0, 190.0, 192.0) == peak.Peak(2, 3.0, 192.0, 8)
-    full = peak.judge(2, 3.0, 190.0, 380.0)
-    assert full == peak.Peak(2, 3.0, 380.0, 16) and full.share == pytest.approx(380 / 384)
-    assert "under 90%" not in str(full) and "under 90%" in str(peak.judge(2, 3.0, 150.0, 150.0))
+    assert peak.judge(2, 3.0, 190.0, 192.0, 9.0) == peak.Peak(2, 3.0, 192.0, 8, 9.0)
+    full = peak.judge(2, 3.0, 190.0, 380.0, 9.0)
+    assert full == peak.Peak(2, 3.0, 380.0, 16, 9.0) and full.share == pytest.approx(380 / 384)
+    assert "under 90%" not in str(full) and "under 90%" in str(peak.judge(2, 3.0, 150.0, 150.0, 9.0))
 
 
 def test_without_a_compiler_the_share_is_left_out(
