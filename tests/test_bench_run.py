@@ -33,7 +33,7 @@ from bench import (
 from bench.contenders import CANDIDATES, FORWARD, TRAINING, Case
 from bench.parity import Check
 from bench.report import Row
-from tests.test_bench import broken_group, contenders_build
+from tests.test_bench import Broken, broken_group, contenders_build
 
 PEAK = peak.Peak(threads=2, clock=3.0, gflops=100.0, lanes=8, dice=5.0)
 TINY: tuple[int, int, int, tuple[int, ...]] = (5, 9, 6, (7, 5))
@@ -79,6 +79,22 @@ def test_red_parity_tells_no_speed(
     assert " RED," in printed and "no speed is told" in printed
     assert "milliseconds" not in printed and "times din_fast" not in printed
     assert not out.exists()
+
+
+def test_another_contender_whose_parity_is_red_is_left_out(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(case: Case, *backends: str) -> list[contenders.Contender]:
+        host, *others = contenders_build(case, *backends)
+        broken = [replace(c, run=Broken(c.run, "output")) if c.provider == "folded, eager" else c for c in others]
+        return [host, *broken]
+
+    monkeypatch.setattr(contenders, "build", build)
+    rows = bench(tmp_path / "rows.csv", "--quick", "--modes", FORWARD)
+    printed = capsys.readouterr().out
+    assert " RED," in printed and "left out, as their parity is red: folded, eager" in printed
+    providers = {row.provider for row in rows if row.metric == report.MILLISECONDS}
+    assert "folded, eager" not in providers and {"din_fast", "fuxictr, eager", "folded, torch.compile"} <= providers
 
 
 def test_a_red_case_hides_the_speed_of_the_cases_before_it(
