@@ -102,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = report.of_most_threads(report.read_csv(given.rows))
     where = paths(given.rows.parent)
     draw_ladder(rows, where["ladder"])
-    draw_sweeps(rows, where["sweeps"])
-    print(f"wrote {', '.join(str(path) for path in where.values())}")
+    written = [where["ladder"]]
+    if any(row.x_name in SWEEPS for row in rows):
+        draw_sweeps(rows, where["sweeps"])
+        written.append(where["sweeps"])
+    print(f"wrote {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Quick:
     """
 
     def __init__(self, mlp: MLP, spec: UnitSpec, history: Tensor) -> None:
-        self.spec, self.dim = spec, history.shape[-1]
+        self.mlp, self.spec, self.dim = mlp, spec, history.shape[-1]
         modules = list(mlp.modules())
         self.children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
         parameters = mlp.unit_parameters()
@@ -50,10 +50,11 @@ class Quick:
             self.with_modes = [m for m in modules if isinstance(m, (nn.Dropout, nn.modules.batchnorm._BatchNorm))]
             self.table, *self.numbers = functional.infer_constants(spec, self.dim)
 
-    def holds(self, spec: UnitSpec, dim: int) -> bool:
+    def holds(self, mlp: object, spec: UnitSpec, dim: int) -> bool:
         """Whether the unit still has the modules that were read."""
         return (
-            spec is self.spec
+            mlp is self.mlp
+            and spec is self.spec
             and dim == self.dim
             and all(list(children.values()) == then for children, then in self.children)
         )

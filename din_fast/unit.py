@@ -122,7 +122,7 @@ class FusedActivationUnit(nn.Module):
     def _quick_score(self, history: Tensor, target: Tensor) -> Tensor | None:
         """What the native backend gives for a plain call without gradient; None where the call has to be looked at."""
         places = self._quick
-        if places is None or not places.holds(self.spec, history.shape[2]):
+        if places is None or not places.holds(self._modules["attention"], self.spec, history.shape[2]):
             if history.shape[2] != self.emb_dim:
                 return None
             places = self._quick = quick.Quick(self.attention, self.spec, history)

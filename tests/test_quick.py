@@ -69,6 +69,16 @@ def other_module(unit: Any) -> None:
     unit.attention.mlp[2] = nn.Linear(9, 5)
 
 
+def other_layers(unit: Any) -> None:
+    unit.attention.mlp = copy.deepcopy(unit.attention.mlp)
+    in_place(unit)
+
+
+def other_mlp(unit: Any) -> None:
+    unit.attention = copy.deepcopy(unit.attention)
+    in_place(unit)
+
+
 def other_norm(unit: Any) -> None:
     unit.attention.mlp[1].bn = nn.BatchNorm1d(9, eps=0.1, affine=False).eval()
 
@@ -91,6 +101,8 @@ CHANGES = [
     other_parameter,
     loaded,
     other_module,
+    other_layers,
+    other_mlp,
     other_norm,
     other_eps,
     given_a_bias,
