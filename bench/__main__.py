@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench import cases, compare, contenders, memory, models, parity, peak, report, scaling, timing
 from bench.cases import Task
-from bench.contenders import CANDIDATES, MODES, OURS, Contender
+from bench.contenders import CANDIDATES, FOLDED, MODES, OURS, Contender
 from bench.parity import Check
 from bench.report import Found, Row
 from din_fast import dispatch
@@ -52,7 +52,7 @@ def group_of(task: Task, backends: Sequence[str]) -> list[Contender]:
     group = contenders.build(task.case, *backends)
     if not task.brief:
         return group
-    return [c for i, c in enumerate(group) if i == 0 or c.provider == "folded, torch.compile" or c.backend]
+    return [c for i, c in enumerate(group) if i == 0 or c.provider == FOLDED or c.backend]
 
 
 def tell_parity(what: str, checks: Sequence[Check], console: Console) -> set[str]:

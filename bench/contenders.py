@@ -20,6 +20,7 @@ from bench import peers
 from din_fast import FusedActivationUnit, preset
 
 OURS = "din_fast"
+FOLDED = "folded, torch.compile"  # the honest bar
 # What is measured of a case. Forward: in evaluation, without gradients; training: forward and backward with statistics
 # of the batch; candidates: forward of B candidates over one history.
 FORWARD, TRAINING, CANDIDATES = MODES = ("forward", "training", "candidates")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bench import cases
-from bench.contenders import OURS, TRAINING, Case
+from bench.contenders import FOLDED, OURS, TRAINING, Case
 from bench.report import DICE, MACHINE, MILLISECONDS, PEAK, Row
 
 HEADINGS = (
@@ -18,7 +18,6 @@ HEADINGS = (
     "measured",
 )
 NAMES = ("shape", "configuration", "serve")
-FOLDED = "folded, torch.compile"
 
 
 def floor(case: Case, mode: str, gflops: float, dice: float) -> float:

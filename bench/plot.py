@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from bench import peers, report, scaling
 from bench.__main__ import ROWS
-from bench.contenders import CANDIDATES, FORWARD, OURS, TRAINING
+from bench.contenders import CANDIDATES, FOLDED, FORWARD, OURS, TRAINING
 from bench.report import MEBIBYTES, MILLISECONDS, Row
 
 PRESET = "fuxictr"
 PACKAGE = peers.PACKAGES[PRESET]
-LADDER = (f"{PACKAGE}, eager", f"{PACKAGE}, torch.compile", "folded, torch.compile", OURS)
+LADDER = (f"{PACKAGE}, eager", f"{PACKAGE}, torch.compile", FOLDED, OURS)
 COLOURS = dict(zip(LADDER, ("#7fb0dc", "#7a9a5b", "#e6a04a", "#1f4e8c"), strict=True))
 LADDER_SHAPES = ("s3", "s5")
 SWEEPS = {"length": TRAINING, "dim": TRAINING, "candidates": CANDIDATES}

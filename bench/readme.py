@@ -6,14 +6,14 @@ Ratios are of medians of one run, between units that compute the same function. 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import exp, log
 from pathlib import Path
 
 from bench import limits, models, peers, plot, report, scaling
 from bench.__main__ import ROWS
-from bench.contenders import OURS
+from bench.contenders import FOLDED, OURS
+from bench.marks import rewrite
 from bench.report import (
     BANDWIDTH,
     CLOCK,
@@ -30,7 +30,6 @@ from bench.report import (
 )
 
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
-FOLDED = "folded, torch.compile"
 WANTED = 1.5  # times the compiled folded form: what is below is listed
 Group = Mapping[str, Row]  # by provider, what computes the same function in the same mode
 
@@ -85,7 +84,7 @@ def _times(found: Iterable[Group], scale: float = 1.0) -> str:
         others = (f"{package}, eager", f"{package}, torch.compile", "folded, eager", FOLDED)
         cells = [_against(group, provider, scale) for provider in others]
         lines.append((ours.preset, _name(ours), ours.mode, _number(scale * ours.value), *cells))
-    others = ("framework, eager", "framework, torch.compile", "folded, eager", "folded, torch.compile")
+    others = ("framework, eager", "framework, torch.compile", "folded, eager", FOLDED)
     return table(("preset", "batch, length, dim, hidden", "mode", OURS, *others), lines)
 
 
@@ -185,7 +184,11 @@ def text(rows: Sequence[Row], figures: Sequence[str]) -> str:
     most = report.of_most_threads(rows)
     parts = [
         ("", where(most)),
-        ("Milliseconds, medians; in brackets how many times din_fast's time that is.", _times(groups(most, "shape"))),
+        (
+            "Milliseconds, medians; in brackets how many times din_fast's time that is. An empty cell is a contender "
+            "whose own parity was red.",
+            _times(groups(most, "shape")),
+        ),
         ("", means(most)),
         (
             "Work of a second. The share is of the folded form's operations alone; the bandwidth is of the bytes that "
@@ -222,27 +225,13 @@ def text(rows: Sequence[Row], figures: Sequence[str]) -> str:
     return "\n\n".join([*blocks, *figures])
 
 
-def rewrite(readme: Path, body: str) -> None:
-    """Put a text between the two marks of a file, whatever is there.
-
-    Raises:
-        ValueError: the marks are not both there once, in order.
-    """
-    old = readme.read_text(encoding="utf-8")
-    between = re.compile(f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}", re.DOTALL)
-    if any(old.count(mark) != 1 for mark in MARKS) or between.search(old) is None:
-        raise ValueError(f"{readme}: expected {MARKS[0]} and after it {MARKS[1]}, once each; nothing was written")
-    new = f"{MARKS[0]}\n{body}\n{MARKS[1]}"
-    readme.write_text(between.sub(lambda _: new, old), encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rows", type=Path, default=ROWS, help="the CSV (default: %(default)s)")
     given = parser.parse_args(arguments)
     figures = [plot.markdown(path) for path in plot.paths(given.rows.parent).values() if path.exists()]
-    rewrite(Path("README.md"), text(report.read_csv(given.rows), figures))
+    rewrite(Path("README.md"), MARKS, text(report.read_csv(given.rows), figures))
     print(f"put the tables of {given.rows} into README.md")
 
 

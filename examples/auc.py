@@ -12,7 +12,6 @@ one sampled negative (examples/ml100k.py). Other programs can only make an epoch
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench.marks import rewrite
 from din_fast import preset
 from din_fast.data import Samples
 from din_fast.models import DIN, History, Sparse
@@ -162,20 +162,6 @@ def markdown(rows: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in head + lines(rows))
 
 
-def rewrite(readme: Path, rows: pd.DataFrame) -> None:
-    """Put the table between the two marks of a file, whatever is there.
-
-    Raises:
-        ValueError: the marks are not both there once, in order.
-    """
-    text = readme.read_text(encoding="utf-8")
-    between = re.compile(f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}", re.DOTALL)
-    if any(text.count(mark) != 1 for mark in MARKS) or between.search(text) is None:
-        raise ValueError(f"{readme}: expected {MARKS[0]} and after it {MARKS[1]}, once each; nothing was written")
-    table = f"{MARKS[0]}\n{markdown(rows)}\n{MARKS[1]}"
-    readme.write_text(between.sub(lambda _: table, text), encoding="utf-8")
-
-
 def draw(rows: pd.DataFrame, path: Path) -> None:
     """Write a PNG: validation AUC by epoch, and the test AUC of each seed at the epoch reported."""
     figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
@@ -233,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     csv = given.out / "ml100k.csv"
     if given.readme:
-        rewrite(Path("README.md"), pd.read_csv(csv))
+        rewrite(Path("README.md"), MARKS, markdown(pd.read_csv(csv)))
         print(f"put the table of {csv} into README.md")
         return
     console = Console()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from bench.marks import rewrite
 from din_fast.data import Samples
 from examples import amazon_electronics, auc, blog_din, ml100k, training
 from examples.auc import MARKS, MODELS, Data, Settings
@@ -158,5 +159,5 @@ def test_a_readme_without_its_marks_is_left_alone(tmp_path: Path, text: str, row
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"README.md: expected <!-- auc --> and after it <!-- /auc -->, once each"):
-        auc.rewrite(path, rows)
+        rewrite(path, MARKS, auc.markdown(rows))
     assert path.read_text() == text

@@ -14,7 +14,6 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from din_fast import FusedActivationUnit, UnitSpec, functional, preset
-from din_fast.backends import native
 from din_fast.spec import ACTIVATIONS, BATCH_STATS, BLOCKS, POOLINGS
 from tests.conftest import KERNELS
 from tests.truth import Case, assert_near, check_parity, draw, fused_unit, step
@@ -201,8 +200,6 @@ def test_opcheck(name: str, training: bool, grad: bool, ops: str, masking: str, 
 )
 def test_opcheck_of_a_whole_step(name: str, training: bool, grad: bool, masking: str) -> None:
     """What the native backend does where nothing is compiled: an op for the forward, and one for the backward."""
-    if native.why_not() is not None:
-        pytest.skip("the native backend is not there")
     unit = fused_unit(SMALL[name], 4, "native").train(training)
     calls = recorded(unit, masking, grad)
     ops = ["native_train", "native_train_backward"][: 1 + grad]
@@ -216,8 +213,6 @@ def test_opcheck_of_a_whole_step(name: str, training: bool, grad: bool, masking:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_step_in_two_ops_is_the_step_in_several(name: str, training: bool, masking: str) -> None:
     """The folding, the affine maps and their gradients of csrc/fold.h are those of din_fast/fold.py."""
-    if native.why_not() is not None:
-        pytest.skip("the native backend is not there")
     case = Case(SMALL[name], (5, 7, 4), masking, training)
     inputs = draw(case, 0, torch.float64)
     results = []
