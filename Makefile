@@ -17,7 +17,7 @@ NATIVE := $(shell find csrc -path csrc/tests -prune -o \( -name '*.cpp' -o -name
 help:
 	@echo "make demo    train DIN on real data with and without din_fast: table and figure in results/demo"
 	@echo "make test    lint, types and all tests: test-native, then test-interpreter (the Triton kernels on the CPU)"
-	@echo "make bench   speed and memory, half an hour; make bench BENCH=--quick three minutes"
+	@echo "make bench   speed and memory, half an hour; make bench BENCH=--quick a few minutes"
 	@echo "make gpu-report   compile every Triton kernel for GPUs that are not here, and judge them: docs/gpu-report.md"
 	@echo "make gpu-check    on a machine with a GPU: parity, memory, speed, into results/gpu"
 	@echo "make auc     does attention help? DIN and two baselines on ml-100k: the README's table"
@@ -42,7 +42,7 @@ test-oldest-triton: .venv/triton-3.7.1/ready
 	PYTHONPATH=.venv/triton-3.7.1 $(BIN)/python -m pytest -q -n 2 tests/test_ahead_of_time.py
 	PYTHONPATH=.venv/triton-3.7.1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 
-# BENCH=--quick for three minutes, BENCH=--sweep for how times and memory grow.
+# BENCH=--quick for a few minutes, BENCH=--sweep for how times and memory grow.
 bench: .venv/ready
 	$(BIN)/python -m bench $(BENCH)
 

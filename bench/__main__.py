@@ -1,6 +1,6 @@
 """``python -m bench``: parity, then what din_fast and the units that it replaces take, in time and memory.
 
-About half an hour; ``--quick`` about three minutes; ``--sweep`` adds to the rows how times and memory grow.
+20 to 40 minutes; ``--quick`` a few; ``--sweep`` adds to the rows how times and memory grow.
 ``python -m bench.plot`` and ``python -m bench.readme`` make figures and the README's tables of the rows.
 """
 

@@ -74,13 +74,13 @@ def serving(case: Case, memory: bool = True) -> Task:
 
 
 def quick() -> list[Task]:
-    """About three minutes."""
+    """A few minutes."""
     shapes = [replace(at(preset, name), rounds=5, seeds=4) for preset in ("fuxictr", "rechub") for name in ("s3", "s5")]
     return [*shapes, serving(replace(SERVE, batch=64), memory=False)]
 
 
 def full() -> list[Task]:
-    """About half an hour: one preset at all shapes and configurations, the others at two shapes."""
+    """20 to 40 minutes: one preset at all shapes and configurations, the others at two shapes."""
     shapes = [at("fuxictr", name, memory=BOTH) for name in SHAPES]
     others = [at(preset, name) for preset in peers.PACKAGES if preset != "fuxictr" for name in ("s3", "s5")]
     configurations = [
