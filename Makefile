@@ -17,7 +17,7 @@ NATIVE := $(shell find csrc -path csrc/tests -prune -o \( -name '*.cpp' -o -name
 help:
 	@echo "make demo    train DIN on real data with and without din_fast: table and figure in results/demo"
 	@echo "make test    lint, types and all tests: test-native, then test-interpreter (the Triton kernels on the CPU)"
-	@echo "make bench   speed and memory, half an hour; make bench BENCH=--quick a few minutes"
+	@echo "make bench   speed and memory, 20 to 40 minutes; make bench BENCH=--quick a few minutes"
 	@echo "make gpu-report   compile every Triton kernel for GPUs that are not here, and judge them: docs/gpu-report.md"
 	@echo "make gpu-check    on a machine with a GPU: parity, memory, speed, into results/gpu"
 	@echo "make auc     does attention help? DIN and two baselines on ml-100k: the README's table"
