@@ -41,15 +41,16 @@ template <class T>
 void fold_first(const T* weight, const std::vector<int64_t>& blocks, int64_t units, int64_t dim, T* a) {
   const int64_t groups = (int64_t)blocks.size() / 3;
   std::fill(a, a + 3 * units * dim, T(0));
-  for (int64_t h = 0; h < units; h++)
-    for (int64_t g = 0; g < groups; g++)
-      for (int m = 0; m < 3; m++) {
-        const T factor = (T)blocks[3 * g + m];
-        if (factor == T(0)) continue;
+  for (int64_t g = 0; g < groups; g++)
+    for (int m = 0; m < 3; m++) {
+      const T factor = (T)blocks[3 * g + m];
+      if (factor == T(0)) continue;
+      for (int64_t h = 0; h < units; h++) {
         const T* from = weight + (h * groups + g) * dim;
         T* to = a + (m * units + h) * dim;
         for (int64_t d = 0; d < dim; d++) to[d] += factor * from[d];
       }
+    }
 }
 
 // The gradient of fold_first.

@@ -178,9 +178,9 @@ template <class T> struct Arguments {
     held.push_back(dense(t));
     return data<T>(held.back());
   }
-  const double* hold_double(const char* name, const Tensor& t, std::vector<int64_t> sizes) {
+  const double* hold_double(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
     if (t.numel() == 0) return nullptr;
-    Arguments<double>::expect(name, t, std::move(sizes));
+    Arguments<double>::expect(name, t, sizes);
     held.push_back(dense(t));
     return data<double>(held.back());
   }
@@ -339,9 +339,9 @@ template <class T> struct Arguments {
     unit.pooling = (int)pooling;
   }
 
-  static void expect(const char* name, const Tensor& t, std::vector<int64_t> sizes) {
+  static void expect(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
     bool same = t.dim() == (int64_t)sizes.size() && t.scalar_type() == kType<T>;
-    for (size_t i = 0; same && i < sizes.size(); i++) same = t.size(i) == sizes[i];
+    for (size_t i = 0; same && i < sizes.size(); i++) same = t.size(i) == sizes.begin()[i];
     if (same) return;
     std::string want, got;
     for (int64_t s : sizes) want += std::to_string(s) + " ";
@@ -613,10 +613,10 @@ template <class T> struct Raw {
       inputs = raw.units;
     }
   }
-  const T* field(int i, int f, std::vector<int64_t> sizes) {
+  const T* field(int i, int f, std::initializer_list<int64_t> sizes) {
     const MaybeTensor& t = parameters[i * kFields + f];
     if (!t.has_value()) return nullptr;
-    Arguments<T>::expect("parameters", *t, std::move(sizes));
+    Arguments<T>::expect("parameters", *t, sizes);
     return a.hold(t);
   }
   Norm<T> norm(int i, int f, int64_t mode, double eps) {

@@ -52,6 +52,9 @@ Groups = Sequence["ProcessGroup | None"]
 PANEL_ROWS = 16  # kept rows of a candidate are rounded up to this, csrc/unit.h
 
 
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 def op(backend: str, name: str) -> Any:
     """The op ``{backend}_{name}``, ready to call."""
     return getattr(torch.ops.din_fast, f"{backend}_{name}").default
@@ -67,7 +70,7 @@ def call(backend: str, name: str, *arguments: Any) -> list[Tensor]:
 
 
 def _below_autograd(backend: str, name: str, *arguments: Any) -> list[Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _run(backend, name, *arguments)
 
 

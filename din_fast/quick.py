@@ -49,15 +49,13 @@ class Quick:
             self.norms = norms
             self.with_modes = [m for m in modules if isinstance(m, (nn.Dropout, nn.modules.batchnorm._BatchNorm))]
             self.table, *self.numbers = functional.infer_constants(spec, self.dim)
+            self.infer = ops.op("native", "infer")
 
     def holds(self, mlp: object, spec: UnitSpec, dim: int) -> bool:
         """Whether the unit still has the modules that were read."""
-        return (
-            mlp is self.mlp
-            and spec is self.spec
-            and dim == self.dim
-            and all(list(children.values()) == then for children, then in self.children)
-        )
+        if mlp is not self.mlp or spec is not self.spec or dim != self.dim:
+            return False
+        return all(list(children.values()) == then for children, then in self.children)
 
     def score(self, history: Tensor, target: Tensor) -> Tensor | None:
         """(B, L, D), (B, D) -> what the unit gives; None where that is not for here."""
@@ -72,10 +70,11 @@ class Quick:
         eps = [0.0 if norm is None else norm.eps for norm in self.norms]
         try:
             flat = [d[name] for d, name in self.places]
-            pooled, weights = ops.call(
-                "native", "infer", history, None, None, None, None, target, flat, self.table, eps, *self.numbers
-            )
-        except (KeyError, RuntimeError, ValueError):
+            with ops.below_autograd():
+                pooled, weights = self.infer(
+                    history, None, None, None, None, target, flat, self.table, eps, *self.numbers
+                )
+        except (KeyError, RuntimeError):
             return None
         return weights if self.spec.pooling == "none" else pooled
 
@@ -89,11 +88,11 @@ def may_be(history: Tensor, target: Tensor, backend: str) -> bool:
         not torch.is_grad_enabled()
         and type(history) is Tensor
         and type(target) is Tensor
+        and history.is_cpu
+        and (history.dtype is torch.float32 or history.dtype is torch.float64)
         and history.dim() == 3
         and target.dim() == 2
-        and history.shape[0] == target.shape[0]
-        and (history.dtype is torch.float32 or history.dtype is torch.float64)
-        and history.device.type == "cpu"
+        and history.size(0) == target.size(0)
         and history.stride(2) == 1
         and target.stride(1) == 1
         and (history.stride(0) > 0 or history.shape[0] == 1)

@@ -124,3 +124,18 @@ def test_without_mask_and_lengths_every_position_counts(any_backend: str) -> Non
     right, found = (step(fused_unit(spec, SHAPE[2], any_backend), i) for i in (inputs, full))
     for name, tensor in right.items():
         assert_near(name, found[name], tensor, 1e-5)
+
+
+def test_a_batch_sorted_by_length_gives_the_same(any_backend: str) -> None:
+    """The native backend hands such a batch out to its threads in another order (csrc/cpu/kernel.h, parallel)."""
+    spec = preset("fuxictr", [36, 8])
+    generator = torch.Generator().manual_seed(0)
+    history, target = (torch.randn(64, *rest, 8, generator=generator) for rest in ((21,), ()))
+    lengths = torch.randint(0, 22, (64,), generator=generator)
+    order = lengths.argsort(descending=True)
+    unit = fused_unit(spec, 8, any_backend).eval()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            drawn = unit(history, target, lengths=lengths)
+            assert unit.last_backend == any_backend
+            assert torch.equal(unit(history[order], target[order], lengths=lengths[order]), drawn[order])

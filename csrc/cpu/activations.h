@@ -14,7 +14,6 @@ template <class T> struct Params {
 
 // The parameters of one hidden unit, broadcast to all lanes, and the activation's arithmetic.
 template <class T, int A, int M> struct HiddenUnit {
-  using V = Vec<T>;
   T center, norm_scale, norm_shift, gate_scale, gate_shift, slope;
 
   DIN_FAST_INLINE HiddenUnit(const Params<T>& p, int h) {
@@ -23,25 +22,25 @@ template <class T, int A, int M> struct HiddenUnit {
     if constexpr (A == kDiceBatch) gate_scale = p.gate_scale[h], gate_shift = p.gate_shift[h];
     if constexpr (A == kPrelu || A == kDiceRow || A == kDiceBatch) slope = p.slope[h];
   }
-  DIN_FAST_INLINE V centered(V z) const {
+  template <class V> DIN_FAST_INLINE V centered(V z) const {
     if constexpr (M == kPlain) return z;
     return z - center;
   }
-  DIN_FAST_INLINE V normed(V z) const {
+  template <class V> DIN_FAST_INLINE V normed(V z) const {
     if constexpr (M == kFull) return centered(z) * norm_scale + norm_shift;
     return z;
   }
   // Dice's p; mean and inverse (times -log2 e) of the row are used by row Dice only
-  DIN_FAST_INLINE V gate(V z, V mean, V inverse) const {
+  template <class V> DIN_FAST_INLINE V gate(V z, V mean, V inverse) const {
     if constexpr (A == kDiceBatch) return sigmoid_<T>(centered(z) * gate_scale + gate_shift);
     return sigmoid_<T>((normed(z) - mean) * inverse);
   }
   // w times the activation
-  DIN_FAST_INLINE V weighted(T w, V z, V mean, V inverse) const {
+  template <class V> DIN_FAST_INLINE V weighted(T w, V z, V mean, V inverse) const {
     if constexpr (A == kDiceRow || A == kDiceBatch) return normed(z) * (gate(z, mean, inverse) * (w * (T(1) - slope)) + w * slope);
     return w * value(z, mean, inverse);
   }
-  DIN_FAST_INLINE V value(V z, V mean, V inverse) const {
+  template <class V> DIN_FAST_INLINE V value(V z, V mean, V inverse) const {
     const V n = normed(z);
     if constexpr (A == kRelu) return n < V{} ? V{} : n;  // NaN stays NaN
     if constexpr (A == kSigmoid) return sigmoid_<T>(n * T(-kLog2e));
@@ -73,69 +72,80 @@ static void row_statistics(const Params<T>& p, int vectors, const T* z, T* rows)
 
 // a[v][h] = activation(z[v][h])
 template <class T, int A, int M>
-static void activate(Ahead& ahead, const Params<T>& p, int vectors, const T* z, T* rows, T* a) {
+static void activate(Ahead& ahead, const Params<T>& p, Vectors vectors, const T* z, T* rows, T* a) {
   constexpr int W = kLanes<T>;
   const int64_t stride = (int64_t)p.units * W;
-  if constexpr (A == kDiceRow) row_statistics<T, A, M>(p, vectors, z, rows);
+  if constexpr (A == kDiceRow) row_statistics<T, A, M>(p, vectors.count, z, rows);
   for (int h = 0; h < p.units; h++) {
     const HiddenUnit<T, A, M> unit(p, h);
     ahead.go(kAheadUnit);
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) {
-      Vec<T> mean = {}, inverse = {};
-      if constexpr (A == kDiceRow) mean = load(rows + v * W), inverse = load(rows + (vectors + v) * W);
-      store(a + v * stride + h * W, unit.value(load(z + v * stride + h * W), mean, inverse));
-    }
+    each_vector<T>(vectors, [&](int v, auto zero) __attribute__((always_inline)) {
+      using V = decltype(zero);
+      V mean = zero, inverse = zero;
+      if constexpr (A == kDiceRow) mean = load_as<V>(rows + v * W), inverse = load_as<V>(rows + (vectors.count + v) * W);
+      store(a + v * stride + h * W, widen<T>(unit.value(load_as<V>(z + v * stride + h * W), mean, inverse)));
+    });
   }
 }
 
-// score[v] = bias + sum_h w_h activation(z[v][h]), for N vectors at once
-template <class T, int A, int M, int N>
-DIN_FAST_INLINE void score_vectors(Ahead& ahead, const Params<T>& p, int vectors, const T* z, const T* rows, const T* w, T bias, T* score) {
+// score[v] = bias + sum_h w_h activation(z[v][h]), for N vectors at once, and where Half the lower half of one more
+template <class T, int A, int M, int N, bool Half>
+static void score_vectors(Ahead& ahead, const Params<T>& p, int vectors, const T* z, const T* rows, const T* w, T bias, T* score) {
   constexpr int W = kLanes<T>;
   const int64_t stride = (int64_t)p.units * W;
-  Vec<T> sum[N], mean[N], inverse[N];
+  using V = LowVec<T>;
+  Vec<T> sum[N + 1], mean[N + 1] = {}, inverse[N + 1] = {};
+  V low = splat_as<V>(bias), low_mean = {}, low_inverse = {};
 #pragma GCC unroll 4
   for (int v = 0; v < N; v++) {
     sum[v] = splat(bias);
-    mean[v] = inverse[v] = Vec<T>{};
     if constexpr (A == kDiceRow) mean[v] = load(rows + v * W), inverse[v] = load(rows + (vectors + v) * W);
   }
+  if constexpr (Half && A == kDiceRow) low_mean = load_as<V>(rows + N * W), low_inverse = load_as<V>(rows + (vectors + N) * W);
   for (int h = 0; h < p.units; h++) {
     const HiddenUnit<T, A, M> unit(p, h);
     ahead.go(kAheadUnit);
 #pragma GCC unroll 4
     for (int v = 0; v < N; v++) sum[v] += unit.weighted(w[h], load(z + v * stride + h * W), mean[v], inverse[v]);
+    if constexpr (Half) low += unit.weighted(w[h], load_as<V>(z + N * stride + h * W), low_mean, low_inverse);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < N; v++) store(score + v * W, sum[v]);
+  if constexpr (Half) store(score + N * W, widen<T>(low));
 }
 template <class T, int A, int M>
-static void score(Ahead& ahead, const Params<T>& p, int vectors, const T* z, T* rows, const T* w, T bias, T* out) {
+static void score(Ahead& ahead, const Params<T>& p, Vectors vectors, const T* z, T* rows, const T* w, T bias, T* out) {
   constexpr int W = kLanes<T>;
+  constexpr bool kHalf = DIN_FAST_VECTOR_BYTES == 64;
+  static constexpr decltype(&score_vectors<T, A, M, 1, false>) kRest[2][4] = {
+      {nullptr, score_vectors<T, A, M, 1, false>, score_vectors<T, A, M, 2, false>, score_vectors<T, A, M, 3, false>},
+      {score_vectors<T, A, M, 0, kHalf>, score_vectors<T, A, M, 1, kHalf>, score_vectors<T, A, M, 2, kHalf>, score_vectors<T, A, M, 3, kHalf>}};
   const int64_t stride = (int64_t)p.units * W;
-  if constexpr (A == kDiceRow) row_statistics<T, A, M>(p, vectors, z, rows);
+  const int all = vectors.count;
+  if constexpr (A == kDiceRow) row_statistics<T, A, M>(p, all, z, rows);
   int v = 0;
-  for (; v + 4 <= vectors; v += 4) score_vectors<T, A, M, 4>(ahead, p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
-  for (; v < vectors; v++) score_vectors<T, A, M, 1>(ahead, p, vectors, z + v * stride, rows + v * W, w, bias, out + v * W);
+  for (; v + 4 <= vectors.whole(); v += 4) score_vectors<T, A, M, 4, false>(ahead, p, all, z + v * stride, rows + v * W, w, bias, out + v * W);
+  if (v < all) kRest[vectors.half][vectors.whole() - v](ahead, p, all, z + v * stride, rows + v * W, w, bias, out + v * W);
 }
 
 // Zero in the lanes that hold no position that counts.
 template <class T> struct Counted {
   const T* each;
-  Vec<T> tail;
+  T tail[kLanes<T>];
   int last;
-  DIN_FAST_INLINE Counted(const T* counted, int n, int vectors)
-      : each(counted), tail(first_lanes<T>(n - (vectors - 1) * kLanes<T>)), last(vectors - 1) {}
-  DIN_FAST_INLINE Vec<T> only(int v, Vec<T> x) const {
-    if (each) return where_one<T>(load(each + v * kLanes<T>), x);
-    return v == last ? where_one<T>(tail, x) : x;
+  DIN_FAST_INLINE Counted(const T* counted, int n, int vectors) : each(counted), last(vectors - 1) {
+    store(tail, first_lanes<T>(n - (vectors - 1) * kLanes<T>));
+  }
+  template <class V> DIN_FAST_INLINE V only(int v, V x) const {
+    if (each) return where_one(load_as<V>(each + v * kLanes<T>), x);
+    return v == last ? where_one(load_as<V>(tail), x) : x;
   }
 };
 
 // What the backward of an activation reads and writes; null pointers are work that is not wanted.
 template <class T> struct ActivationBackward {
-  int vectors, n;        // n positions in them
+  Vectors vectors;
+  int n;                 // positions in them
   const T* counted;      // [v][lane] 1 where a position counts, else 0, or null where all n do
   const T* z;
   const T* da;           // [v][h] gradient of the activation, or, for the last layer, [v] gradient of the score
@@ -160,7 +170,7 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
   constexpr int W = kLanes<T>;
   constexpr bool kDice = A == kDiceRow || A == kDiceBatch, kSum = Does & kTakeSums, kWrite = Does & kWriteDz;
   constexpr bool kSecondSweep = A == kDiceRow;
-  const int H = p.units, vectors = b.vectors;
+  const int H = p.units, vectors = b.vectors.count;
   const int64_t stride = (int64_t)H * W;
   const Counted<T> counted(b.counted, b.n, vectors);
   T *rows = b.scratch, *row_dx = rows + 2 * vectors * W;  // row Dice: row_dx [h][v], then sum dx and sum dx x [v]
@@ -177,17 +187,18 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
     const T e0 = b.e0 ? b.e0[h] : T(0), e1 = b.e0 ? b.e1[h] : T(0);
     Vec<T> s_norm_z = {}, s_norm = {}, s_gate_z = {}, s_gate = {}, s_slope = {}, s_value = {}, s_dz = {};
     ahead.go(kAheadUnit);
-    for (int v = 0; v < vectors; v++) {
+    each_vector<T>(kSecondSweep ? Vectors{vectors, false} : b.vectors, [&](int v, auto zero) __attribute__((always_inline)) {
+      using V = decltype(zero);
       const int64_t at = v * stride + h * W;
-      const Vec<T> z = load(b.z + at), n = unit.normed(z), zc = unit.centered(z), da = load(b.da + (Last ? v * W : at));
-      Vec<T> value = n, dn = da, dz = {};
+      const V z = load_as<V>(b.z + at), n = unit.normed(z), zc = unit.centered(z), da = load_as<V>(b.da + (Last ? v * W : at));
+      V value = n, dn = da, dz = {};
       if constexpr (A == kDiceBatch) {
-        const Vec<T> gate = unit.gate(z, z, z), shut = T(1) - gate, t = da * n, d_slope = t * shut, dx = d_slope * gate;
+        const V gate = unit.gate(z, z, z), shut = T(1) - gate, t = da * n, d_slope = t * shut, dx = d_slope * gate;
         if constexpr (kSum) {
-          s_slope += d_slope;
-          s_gate += dx;  // times 1 - slope, below
-          s_gate_z += dx * zc;
-          if constexpr (Last) s_value += t;  // sum da y = sum da n - (1 - slope) sum da n (1 - p)
+          s_slope += widen<T>(d_slope);
+          s_gate += widen<T>(dx);  // times 1 - slope, below
+          s_gate_z += widen<T>(dx * zc);
+          if constexpr (Last) s_value += widen<T>(t);  // sum da y = sum da n - (1 - slope) sum da n (1 - p)
         }
         if constexpr (M == kFull) {
           dn = da * (gate * open + slope);
@@ -198,8 +209,8 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
         if constexpr (!Last) value = n * (gate * open + slope);
       } else {
         if constexpr (A == kRelu) {
-          value = n < Vec<T>{} ? Vec<T>{} : n;
-          dn = n > Vec<T>{} ? da : Vec<T>{};
+          value = n < V{} ? V{} : n;
+          dn = n > V{} ? da : V{};
         } else if constexpr (A == kSigmoid) {
           value = sigmoid_<T>(n * T(-kLog2e));
           dn = da * value * (T(1) - value);
@@ -207,34 +218,34 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
           value = tanh_<T>(n);
           dn = da * (T(1) - value * value);
         } else if constexpr (A == kPrelu) {
-          value = n > Vec<T>{} ? n : n * slope;
-          dn = n > Vec<T>{} ? da : da * slope;
-          s_slope += n > Vec<T>{} ? Vec<T>{} : da * n;
+          value = n > V{} ? n : n * slope;
+          dn = n > V{} ? da : da * slope;
+          s_slope += widen<T>(n > V{} ? V{} : da * n);
         } else if constexpr (A == kDiceRow) {
-          const Vec<T> mean = load(rows + v * W), inverse = load(rows + (vectors + v) * W);
-          const Vec<T> gate = unit.gate(z, mean, inverse), factor = gate * open + slope, d_slope = da * n * (T(1) - gate);
-          const Vec<T> dx = d_slope * gate * (open * scale);
+          const V mean = load_as<V>(rows + v * W), inverse = load_as<V>(rows + (vectors + v) * W);
+          const V gate = unit.gate(z, mean, inverse), factor = gate * open + slope, d_slope = da * n * (T(1) - gate);
+          const V dx = d_slope * gate * (open * scale);
           value = n * factor;
           dn = da * factor;
-          s_slope += d_slope;
-          store(row_dx + ((int64_t)h * vectors + v) * W, dx);
-          add_to<T>(row_sum + v * W, dx);
-          add_to<T>(row_dot + v * W, dx * ((n - mean) * inverse));  // times -log2 e
+          s_slope += widen<T>(d_slope);
+          store(row_dx + ((int64_t)h * vectors + v) * W, widen<T>(dx));
+          add_to<T>(row_sum + v * W, widen<T>(dx));
+          add_to<T>(row_dot + v * W, widen<T>(dx * ((n - mean) * inverse)));  // times -log2 e
         }
-        if constexpr (Last && kSum) s_value += da * value;
+        if constexpr (Last && kSum) s_value += widen<T>(da * value);
         dz = dn * (kSecondSweep ? scale : to_dz);
       }
-      if constexpr (M == kFull && kSum && !kSecondSweep) s_norm_z += dn * zc, s_norm += dn;
+      if constexpr (M == kFull && kSum && !kSecondSweep) s_norm_z += widen<T>(dn * zc), s_norm += widen<T>(dn);
       if constexpr (!Last)
-        if (b.a) store(b.a + at, value);
+        if (b.a) store(b.a + at, widen<T>(value));
       if constexpr (kWrite || kSecondSweep) {
         if constexpr (Last && !kSecondSweep) {
           dz = counted.only(v, dz - (zc * e1 + e0));
         }
-        s_dz += dz;
-        store(b.dz + at, dz);
+        s_dz += widen<T>(dz);
+        store(b.dz + at, widen<T>(dz));
       }
-    }
+    });
     if constexpr (kSum) {
       if (b.sums) {
         T* s = b.sums + h * W;
@@ -282,8 +293,8 @@ static void activation_backward(Ahead& ahead, const Params<T>& p, const Activati
 
 // ---- choosing the instantiation at run time
 template <class T> struct ActivationTable {
-  void (*activate)(Ahead&, const Params<T>&, int, const T*, T*, T*);
-  void (*score)(Ahead&, const Params<T>&, int, const T*, T*, const T*, T, T*);
+  void (*activate)(Ahead&, const Params<T>&, Vectors, const T*, T*, T*);
+  void (*score)(Ahead&, const Params<T>&, Vectors, const T*, T*, const T*, T, T*);
   void (*backward)(Ahead&, const Params<T>&, const ActivationBackward<T>&);
   void (*backward_last[4])(Ahead&, const Params<T>&, const ActivationBackward<T>&);  // by What
 };

@@ -79,9 +79,16 @@ struct Scratch {
   }
 };
 
-template <class F> void parallel(ParallelFor run, int64_t n, const F& f) {
-  run(n, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&f));
+// f(chunk) for all chunks. A thread gets a range of them; where lengths are uneven, they are handed out by sixteenths in the
+// order of their reversed numbers, so that no thread gets all the long histories of a batch that is sorted by length. Each
+// pass gives a thread the same candidates again.
+template <class F> void parallel(ParallelFor run, int64_t chunks, bool uneven, const F& f) {
+  static constexpr int kReversed[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+  const int64_t group = uneven && chunks % 16 == 0 ? chunks / 16 : 0;
+  const auto one = [&](int64_t i) { f(group ? kReversed[i / group] * group + i % group : i); };
+  run(chunks, [](void* context, int64_t i) { (*static_cast<decltype(one)*>(context))(i); }, const_cast<void*>(static_cast<const void*>(&one)));
 }
+template <class T> bool uneven(const Unit<T>& u) { return u.lengths || u.mask; }
 
 // ---------------------------------------------------------------- one call, packed for the loops
 template <class T> struct Call {
@@ -127,9 +134,18 @@ template <class T> struct Call {
 
   // [rows][columns] -> [columns][ld], zeros beyond rows
   static const T* transposed(const T* a, int rows, int columns, int ld, Scratch& s) {
+    constexpr int W = kLanes<T>;
     T* out = s.zeros<T>((int64_t)columns * ld);
+    int j = 0;
+    for (; j + W <= columns && ld % W == 0; j += W)
+      for (int i = 0; i < rows; i += W) {
+        Vec<T> r[W];
+        for (int l = 0; l < W; l++) r[l] = i + l < rows ? load(a + (int64_t)(i + l) * columns + j) : Vec<T>{};
+        transpose<T>(r);
+        for (int l = 0; l < W; l++) store(out + (int64_t)(j + l) * ld + i, r[l]);
+      }
     for (int i = 0; i < rows; i++)
-      for (int j = 0; j < columns; j++) out[(int64_t)j * ld + i] = a[(int64_t)i * columns + j];
+      for (int k = j; k < columns; k++) out[(int64_t)k * ld + i] = a[(int64_t)i * columns + k];
     return out;
   }
   const T* padded(const T* a, int rows, Scratch& s) const {
@@ -234,6 +250,7 @@ template <class T> struct Work {
   Segment<T> seg;
   int64_t block;                 // first vector of the block
   int vectors, n;                // vectors and positions in it
+  Vectors size() const { return vectors_of<T>(n); }
   const T *rows, *c, *query, *panel;
   const T* counted;              // [vectors][W] 1 where a position of the block counts, or null where all n do
   int64_t row_stride, current, user = 0;
@@ -280,7 +297,7 @@ template <class T> struct Work {
     if (!call.folds_z) return;
     for (int d = 0; d < call.D; d++)
       for (int i = 0; i < W; i++) q_panel[d * W + i] = i < n ? q_rows[(int64_t)i * call.Dp + d] : T(0);
-    product<T>(ahead, 1, call.H[0], call.D, call.a_q_t, Hp, q_panel, 0, c_panel, 0, call.bias);
+    product<T>(ahead, vectors_of<T>(n), call.H[0], call.D, call.a_q_t, Hp, q_panel, 0, c_panel, 0, call.bias);
     panel_to_rows(c_panel, call.H[0], 1, Hp, c_rows);
   }
   // m = (A_k + A_p diag(q))', lanes over the hidden units
@@ -440,10 +457,10 @@ template <class T> struct Work {
   void scores(T* out) {
     const int last = call.last;
     const T* top = z_panel(last);
-    if (u.dropout == 0) return call.act[last]->score(ahead, call.params[last], vectors, top, row_space, u.score_weight, u.score_bias, out);
-    call.act[last]->activate(ahead, call.params[last], vectors, top, row_space, a[last]);
+    if (u.dropout == 0) return call.act[last]->score(ahead, call.params[last], size(), top, row_space, u.score_weight, u.score_bias, out);
+    call.act[last]->activate(ahead, call.params[last], size(), top, row_space, a[last]);
     drop(last, a[last]);
-    product<T>(ahead, vectors, 1, call.H[last], u.score_weight, 1, a[last], (int64_t)call.H[last] * W, out, W, &u.score_bias);
+    product<T>(ahead, size(), 1, call.H[last], u.score_weight, 1, a[last], (int64_t)call.H[last] * W, out, W, &u.score_bias);
   }
   // z of a layer for the block: kept, or computed (into `out` where that is given)
   const T* z_panel(int layer, T* out = nullptr) {
@@ -453,14 +470,14 @@ template <class T> struct Work {
     z_at[layer] = to;
     if (layer == 0) {
       need_panel();
-      product<T>(ahead, vectors, call.H[0], call.D, m, call.Hp[0], panel, (int64_t)call.Dp * W, to, (int64_t)call.H[0] * W, c);
+      product<T>(ahead, size(), call.H[0], call.D, m, call.Hp[0], panel, (int64_t)call.Dp * W, to, (int64_t)call.H[0] * W, c);
       return to;
     }
     const int H0 = call.H[layer - 1], H1 = call.H[layer];
     const T* before = z_panel(layer - 1);
-    call.act[layer - 1]->activate(ahead, call.params[layer - 1], vectors, before, row_space, a[layer - 1]);
+    call.act[layer - 1]->activate(ahead, call.params[layer - 1], size(), before, row_space, a[layer - 1]);
     drop(layer - 1, a[layer - 1]);
-    product<T>(ahead, vectors, H1, H0, call.weight_t[layer], H1, a[layer - 1], (int64_t)H0 * W, to, (int64_t)H1 * W, u.layer[layer].bias);
+    product<T>(ahead, size(), H1, H0, call.weight_t[layer], H1, a[layer - 1], (int64_t)H0 * W, to, (int64_t)H1 * W, u.layer[layer].bias);
     return to;
   }
 };
@@ -496,7 +513,7 @@ template <class T> void moments(const Unit<T>& u, int layer, const MomentsOut<T>
   const int H = call.H[layer], W = kLanes<T>;
   const int64_t chunks = imin(u.candidates, (int64_t)kMaxChunks);
   double* part = scratch.zeros<double>(chunks * (2 * H + 1));  // count, mean, m2 of each chunk
-  parallel(run, chunks, [&](int64_t chunk) {
+  parallel(run, chunks, uneven(u), [&](int64_t chunk) {
     Scratch s;
     const Cut candidates = cut(u.candidates, chunks, chunk);
     Work<T> work(call, candidates, s);
@@ -615,7 +632,7 @@ template <class T> void forward(const Unit<T>& u, const ForwardOut<T>& out, Para
   const Call<T> call(u, scratch, false);
   const int64_t chunks = imin(u.candidates, (int64_t)kForwardChunks);
   const int W = kLanes<T>, last = call.last;
-  parallel(run, chunks, [&](int64_t chunk) {
+  parallel(run, chunks, uneven(u), [&](int64_t chunk) {
     Scratch s;
     const Cut candidates = cut(u.candidates, chunks, chunk);
     Work<T> work(call, candidates, s);
@@ -880,7 +897,7 @@ template <class T> struct Backward {
       const Vec<T> w = load(weight + v * W);
       for (int d = 0; d < call.Dp; d++) store(st.d_k + ((int64_t)v * call.Dp + d) * W, w * st.g[d]);
     }
-    product<T>(work.ahead, work.vectors, call.Dp, call.H[0], st.m_rows, call.Dp, st.dz, (int64_t)call.H[0] * W, st.d_k, (int64_t)call.Dp * W, nullptr);
+    product<T>(work.ahead, work.size(), call.Dp, call.H[0], st.m_rows, call.Dp, st.dz, (int64_t)call.H[0] * W, st.d_k, (int64_t)call.Dp * W, nullptr);
     const int64_t first = (seg.history_row + work.block * W) * call.D;
     for (int v = 0; v < work.vectors; v++) {
       const int lanes = imin(W, work.n - v * W);
@@ -951,7 +968,7 @@ template <class T> struct Backward {
     if (!pass.d_query) return;
     for (int h = 0; h < H; h++)
       for (int i = n; i < W; i++) st.d_c_group[h * W + i] = 0;
-    product<T>(work.ahead, 1, call.Dp, H, call.a_q, call.Dp, st.d_c_group, 0, st.d_k, 0, st.zero);
+    product<T>(work.ahead, vectors_of<T>(n), call.Dp, H, call.a_q, call.Dp, st.d_c_group, 0, st.d_k, 0, st.zero);
     Work<T>::panel_to_rows(st.d_k, call.Dp, 1, call.Dp, st.row);
     for (int i = 0; i < n; i++) {
       T* row = st.row + (int64_t)i * call.Dp;
@@ -968,10 +985,10 @@ template <class T> struct Backward {
     Work<T>& work = st.work;
     const int H = call.H[layer], below = layer - 1, Hb = call.H[below];
     const T* z = work.z_panel(below);
-    product<T>(work.ahead, work.vectors, Hb, H, u.layer[layer].weight, Hb, st.dz, (int64_t)H * W, st.da, (int64_t)Hb * W, st.zero);
+    product<T>(work.ahead, work.size(), Hb, H, u.layer[layer].weight, Hb, st.dz, (int64_t)H * W, st.da, (int64_t)Hb * W, st.zero);
     const bool ends = pass.to == below;
     work.drop(below, st.da);
-    call.act[below]->backward(work.ahead, call.params[below], {work.vectors, work.n, work.counted, z, st.da, nullptr, ends ? pass.local_out + work.panel_at(below) : st.da,
+    call.act[below]->backward(work.ahead, call.params[below], {work.size(), work.n, work.counted, z, st.da, nullptr, ends ? pass.local_out + work.panel_at(below) : st.da,
                                                    nullptr, nullptr, ends ? nullptr : dz_sum(st, below),
                                                    pass.d_weight[layer] ? work.a[below] : nullptr, st.waiting.sums[below], nullptr, work.row_space});
     if (pass.d_weight[layer]) {
@@ -991,7 +1008,7 @@ template <class T> struct Backward {
     const int top = call.last;
     const int what = (st.waiting.sums[top] || st.waiting.score_weight ? kTakeSums : 0) | (ends ? 0 : kWriteDz);
     if (u.dropout == 0) {
-      call.act[top]->backward_last[what](work.ahead, call.params[top], {work.vectors, work.n, work.counted, z, d_logit, u.score_weight, st.dz, call.e0[top],
+      call.act[top]->backward_last[what](work.ahead, call.params[top], {work.size(), work.n, work.counted, z, d_logit, u.score_weight, st.dz, call.e0[top],
                                                             call.e1[top], dz_sum(st, top), nullptr, st.waiting.sums[top], st.waiting.score_weight, work.row_space});
       return;
     }
@@ -1004,7 +1021,7 @@ template <class T> struct Backward {
     work.drop(top, st.da);
     T* a = st.waiting.score_weight ? work.a[top] : nullptr;
     T* sum = ends ? nullptr : dz_sum(st, top);
-    call.act[top]->backward(work.ahead, call.params[top], {work.vectors, work.n, work.counted, z, st.da, nullptr, st.dz, nullptr, nullptr,
+    call.act[top]->backward(work.ahead, call.params[top], {work.size(), work.n, work.counted, z, st.da, nullptr, st.dz, nullptr, nullptr,
                                                   call.e0[top] ? nullptr : sum, a, st.waiting.sums[top], nullptr, work.row_space});
     if (a) {
       work.drop(top, a);
@@ -1139,7 +1156,7 @@ template <class T> void backward(const Unit<T>& u, const BackwardPass<T>& pass, 
     if (u.candidate_offsets && u.users >= chunks) cuts[c] = {whole_users(u, cuts[c].begin), whole_users(u, cuts[c].end)};
     parts[c] = blank.new_partial(cuts[c], scratch);
   }
-  parallel(run, chunks, [&](int64_t c) {
+  parallel(run, chunks, uneven(u), [&](int64_t c) {
     Backward<T> b{u, pass, call, to_inputs, weights, valid_only, &parts[c]};
     b.chunk(cuts[c], parts[c]);
   });

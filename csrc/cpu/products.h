@@ -24,63 +24,75 @@ struct Ahead {
 };
 constexpr int kAheadTile = 16, kAheadUnit = 12;  // lines a microkernel tile, a hidden unit of an activation
 
-// C[v][i] = init[i] (or C[v][i] itself where init is null) + sum_k A[k * lda + i] B[v][k], for R rows and N vectors
-template <class T, int R, int N>
+// C[v][i] = init[i] (or C[v][i] itself where init is null) + sum_k A[k * lda + i] B[v][k], for R rows and N vectors, of which
+// the last is worked on in its lower half where Half
+template <class T, int R, int N, bool Half>
 DIN_FAST_INLINE void product_tile(int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
-  constexpr int W = kLanes<T>;
-  Vec<T> acc[R][N];
+  constexpr int W = kLanes<T>, kWhole = N - Half;
+  using V = LowVec<T>;
+  Vec<T> acc[R][kWhole ? kWhole : 1];
+  V low[R];
+  const T *b_low = B + kWhole * b_vector, *c_low = C + kWhole * c_vector;
 #pragma GCC unroll 24
-  for (int i = 0; i < R; i++)
+  for (int i = 0; i < R; i++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) acc[i][j] = init ? splat(init[i]) : load(C + j * c_vector + i * W);
+    for (int j = 0; j < kWhole; j++) acc[i][j] = init ? splat(init[i]) : load(C + j * c_vector + i * W);
+    if constexpr (Half) low[i] = init ? splat_as<V>(init[i]) : load_as<V>(c_low + i * W);
+  }
   for (int k = 0; k < K; k++) {
-    Vec<T> b[N];
+    Vec<T> b[kWhole ? kWhole : 1];
+    V b_half;
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) b[j] = load(B + j * b_vector + k * W);
+    for (int j = 0; j < kWhole; j++) b[j] = load(B + j * b_vector + k * W);
+    if constexpr (Half) b_half = load_as<V>(b_low + k * W);
 #pragma GCC unroll 24
     for (int i = 0; i < R; i++) {
       const T a = A[k * lda + i];
 #pragma GCC unroll 4
-      for (int j = 0; j < N; j++) acc[i][j] += a * b[j];
+      for (int j = 0; j < kWhole; j++) acc[i][j] += a * b[j];
+      if constexpr (Half) low[i] += a * b_half;
     }
   }
 #pragma GCC unroll 24
-  for (int i = 0; i < R; i++)
+  for (int i = 0; i < R; i++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) store(C + j * c_vector + i * W, acc[i][j]);
+    for (int j = 0; j < kWhole; j++) store(C + j * c_vector + i * W, acc[i][j]);
+    if constexpr (Half) store(C + kWhole * c_vector + i * W, widen<T>(low[i]));
+  }
 }
 
 constexpr int smaller_tile(int r) { return r > 16 ? 12 : r > 8 ? 8 : r > 4 ? 4 : r > 2 ? 2 : 1; }
 
-template <class T, int R, int N>
+template <class T, int R, int N, bool Half>
 static void product_rows(Ahead& ahead, int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
   int i = 0;
   for (; i + R <= M; i += R) {
     ahead.go(kAheadTile);
-    product_tile<T, R, N>(K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
+    product_tile<T, R, N, Half>(K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
   }
   if constexpr (R > 1)
     if (i < M)
-      product_rows<T, smaller_tile(R), N>(ahead, M - i, K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
+      product_rows<T, smaller_tile(R), N, Half>(ahead, M - i, K, A + i, lda, B, b_vector, C + i * kLanes<T>, c_vector, init ? init + i : nullptr);
 }
 
 template <class T>
-static void product(Ahead& ahead, int vectors, int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
+static void product(Ahead& ahead, Vectors vectors, int M, int K, const T* A, int64_t lda, const T* B, int64_t b_vector, T* C, int64_t c_vector, const T* init) {
   constexpr int kAcc = kAccumulators<T>;
-  for (int v = 0; v < vectors;) {
-    const int left = vectors - v;
+  for (int v = 0, n; v < vectors.count; v += n) {
+    const int left = vectors.count - v;
     const T* b = B + v * b_vector;
     T* c = C + v * c_vector;
-    if (left >= 3 && left != 4) {
-      product_rows<T, kAcc / 3, 3>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
-      v += 3;
-    } else if (left >= 2) {
-      product_rows<T, kAcc / 2, 2>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
-      v += 2;
-    } else {
-      product_rows<T, kAcc, 1>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
-      v += 1;
-    }
+    n = left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1;
+    if constexpr (DIN_FAST_VECTOR_BYTES == 64)
+      if (n == left && vectors.half) {
+        if (n == 3) product_rows<T, kAcc / 3, 3, true>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
+        if (n == 2) product_rows<T, kAcc / 2, 2, true>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
+        if (n == 1) product_rows<T, kAcc, 1, true>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
+        return;
+      }
+    if (n == 3) product_rows<T, kAcc / 3, 3, false>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
+    if (n == 2) product_rows<T, kAcc / 2, 2, false>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
+    if (n == 1) product_rows<T, kAcc, 1, false>(ahead, M, K, A, lda, b, b_vector, c, c_vector, init);
   }
 }
 

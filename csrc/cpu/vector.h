@@ -6,26 +6,57 @@
 template <class T> struct Vector;
 template <> struct Vector<float> {
   typedef float V __attribute__((vector_size(DIN_FAST_VECTOR_BYTES)));
-  typedef int32_t I __attribute__((vector_size(DIN_FAST_VECTOR_BYTES)));
+  typedef float Low __attribute__((vector_size(DIN_FAST_VECTOR_BYTES / 2)));
   static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   static constexpr int kMantissa = 23;
   static constexpr float kLargest = 126.f;
 };
 template <> struct Vector<double> {
   typedef double V __attribute__((vector_size(DIN_FAST_VECTOR_BYTES)));
-  typedef int64_t I __attribute__((vector_size(DIN_FAST_VECTOR_BYTES)));
+  typedef double Low __attribute__((vector_size(DIN_FAST_VECTOR_BYTES / 2)));
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kMantissa = 52;
   static constexpr double kLargest = 1022.0;
 };
 template <class T> using Vec = typename Vector<T>::V;
+template <class T> using LowVec = typename Vector<T>::Low;  // its lower half
 template <class T> constexpr int kLanes = DIN_FAST_VECTOR_BYTES / sizeof(T);
+
+// The vectors of a block of positions. Where `half`, the last holds positions in its lower half only, and its upper half is
+// zero: with 512-bit vectors in two halves (Zen 4) that half costs time of its own. Narrower vectors are not cut.
+struct Vectors {
+  int count;
+  bool half;
+  int whole() const { return count - half; }
+};
+template <class T> DIN_FAST_INLINE Vectors vectors_of(int64_t positions) {
+  constexpr int W = kLanes<T>;
+  const int count = (int)((positions + W - 1) / W);
+  return {count, DIN_FAST_VECTOR_BYTES == 64 && count * W - positions >= W / 2};
+}
 
 constexpr double kLog2e = 1.4426950408889634;
 
 template <class T> DIN_FAST_INLINE Vec<T> load(const T* p) { Vec<T> v; __builtin_memcpy(&v, p, sizeof v); return v; }
 template <class T> DIN_FAST_INLINE void store(T* p, Vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
-template <class T> DIN_FAST_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
+template <class V, class T> DIN_FAST_INLINE V load_as(const T* p) { V v; __builtin_memcpy(&v, p, sizeof v); return v; }
+template <class V, class T> DIN_FAST_INLINE V splat_as(T x) { return x - V{}; }
+template <class T> DIN_FAST_INLINE Vec<T> splat(T x) { return splat_as<Vec<T>>(x); }
+template <class T> DIN_FAST_INLINE Vec<T> widen(Vec<T> v) { return v; }
+#if DIN_FAST_VECTOR_BYTES == 64
+template <class T> DIN_FAST_INLINE Vec<T> widen(LowVec<T> v) {  // zeros above
+  if constexpr (sizeof(T) == 4) return __builtin_shufflevector(v, LowVec<T>{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  else return __builtin_shufflevector(v, LowVec<T>{}, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+#endif
+// f(v, V{}) for each vector, V the type to work on it with
+template <class T, class F> DIN_FAST_INLINE void each_vector(Vectors vectors, const F& f) {
+  const int whole = vectors.whole();
+#pragma GCC unroll 4
+  for (int v = 0; v < whole; v++) f(v, Vec<T>{});
+  if constexpr (DIN_FAST_VECTOR_BYTES == 64)
+    if (vectors.half) f(whole, LowVec<T>{});
+}
 template <class T> DIN_FAST_INLINE T lane_sum(Vec<T> v) { T s = 0; for (int i = 0; i < kLanes<T>; i++) s += v[i]; return s; }
 
 DIN_FAST_INLINE int imin(int a, int b) { return a < b ? a : b; }
@@ -38,7 +69,7 @@ template <class T> DIN_FAST_INLINE Vec<T> first_lanes(int64_t n) {
   for (int i = 0; i < kLanes<T>; i++) v[i] = i < n ? T(1) : T(0);
   return v;
 }
-template <class T> DIN_FAST_INLINE Vec<T> where_one(Vec<T> keep, Vec<T> v) { return keep != Vec<T>{} ? v : Vec<T>{}; }
+template <class V> DIN_FAST_INLINE V where_one(V keep, V v) { return keep != V{} ? v : V{}; }
 
 // The smaller and the larger of both; where y is NaN, y. (As a comparison and a choice, GCC makes two instructions of it.)
 #if defined(__x86_64__) && DIN_FAST_VECTOR_BYTES == 64
@@ -46,6 +77,10 @@ DIN_FAST_INLINE Vec<float> min_(Vec<float> a, Vec<float> y) { return __builtin_i
 DIN_FAST_INLINE Vec<float> max_(Vec<float> a, Vec<float> y) { return __builtin_ia32_maxps512_mask(a, y, y, 0xffff, 4); }
 DIN_FAST_INLINE Vec<double> min_(Vec<double> a, Vec<double> y) { return __builtin_ia32_minpd512_mask(a, y, y, 0xff, 4); }
 DIN_FAST_INLINE Vec<double> max_(Vec<double> a, Vec<double> y) { return __builtin_ia32_maxpd512_mask(a, y, y, 0xff, 4); }
+DIN_FAST_INLINE LowVec<float> min_(LowVec<float> a, LowVec<float> y) { return __builtin_ia32_minps256(a, y); }
+DIN_FAST_INLINE LowVec<float> max_(LowVec<float> a, LowVec<float> y) { return __builtin_ia32_maxps256(a, y); }
+DIN_FAST_INLINE LowVec<double> min_(LowVec<double> a, LowVec<double> y) { return __builtin_ia32_minpd256(a, y); }
+DIN_FAST_INLINE LowVec<double> max_(LowVec<double> a, LowVec<double> y) { return __builtin_ia32_maxpd256(a, y); }
 #elif defined(__x86_64__) && DIN_FAST_VECTOR_BYTES == 32
 DIN_FAST_INLINE Vec<float> min_(Vec<float> a, Vec<float> y) { return __builtin_ia32_minps256(a, y); }
 DIN_FAST_INLINE Vec<float> max_(Vec<float> a, Vec<float> y) { return __builtin_ia32_maxps256(a, y); }
@@ -61,66 +96,68 @@ template <class V> DIN_FAST_INLINE V min_(V a, V y) { return a < y ? a : y; }
 template <class V> DIN_FAST_INLINE V max_(V a, V y) { return a > y ? a : y; }
 #endif
 
-DIN_FAST_INLINE Vec<float> exp2_fraction(Vec<float> f) {  // 2^f, |f| <= 1/2, to 2e-8
-  Vec<float> p = splat(1.327647129e-03f);
-  p = p * f + 9.675541893e-03f;
-  p = p * f + 5.550713092e-02f;
-  p = p * f + 2.402212024e-01f;
-  p = p * f + 6.931469440e-01f;
-  return p * f + 1.f;
-}
-DIN_FAST_INLINE Vec<double> exp2_fraction(Vec<double> f) {  // Taylor, to 2e-16
-  Vec<double> p = splat(2.5678435993488206e-11);
-  p = p * f + 4.4455382718708116e-10;
-  p = p * f + 7.0549116208011234e-09;
-  p = p * f + 1.0178086009239699e-07;
-  p = p * f + 1.3215486790144309e-06;
-  p = p * f + 1.5252733804059841e-05;
-  p = p * f + 1.5403530393381610e-04;
-  p = p * f + 1.3333558146428443e-03;
-  p = p * f + 9.6181291076284772e-03;
-  p = p * f + 5.5504108664821580e-02;
-  p = p * f + 2.4022650695910072e-01;
-  p = p * f + 6.9314718055994531e-01;
-  return p * f + 1.0;
+template <class T, class V> DIN_FAST_INLINE V exp2_fraction(V f) {  // 2^f, |f| <= 1/2
+  if constexpr (sizeof(T) == 4) {  // to 2e-8
+    V p = f * 1.327647129e-03f + 9.675541893e-03f;
+    p = p * f + 5.550713092e-02f;
+    p = p * f + 2.402212024e-01f;
+    p = p * f + 6.931469440e-01f;
+    return p * f + 1.f;
+  } else {  // Taylor, to 2e-16
+    V p = f * 2.5678435993488206e-11 + 4.4455382718708116e-10;
+    p = p * f + 7.0549116208011234e-09;
+    p = p * f + 1.0178086009239699e-07;
+    p = p * f + 1.3215486790144309e-06;
+    p = p * f + 1.5252733804059841e-05;
+    p = p * f + 1.5403530393381610e-04;
+    p = p * f + 1.3333558146428443e-03;
+    p = p * f + 9.6181291076284772e-03;
+    p = p * f + 5.5504108664821580e-02;
+    p = p * f + 2.4022650695910072e-01;
+    p = p * f + 6.9314718055994531e-01;
+    return p * f + 1.0;
+  }
 }
 // 2^y, saturating at the ends of what the type holds, or a little before; NaN stays NaN
-template <class T> DIN_FAST_INLINE Vec<T> exp2_(Vec<T> y) {
-  using I = typename Vector<T>::I;
+template <class T, class V> DIN_FAST_INLINE V exp2_(V y) {
 #if defined(__x86_64__) && DIN_FAST_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) {  // AVX-512 has instructions for the parts: y less its nearest integer (0 of an infinity), and
-    const Vec<T> f = __builtin_ia32_reduceps512_mask(y, 0, y, 0xffff);  // p times 2 to that integer, which saturates
-    const Vec<T> n = __builtin_ia32_rndscaleps_mask(y, 0, y, 0xffff, 4);
-    return __builtin_ia32_scalefps512_mask(exp2_fraction(f), n, n, 0xffff, 4);
+  // AVX-512 has instructions for the parts: y less its nearest integer (0 of an infinity), and p times 2 to that integer, which saturates
+  if constexpr (sizeof(T) == 4 && sizeof(V) == 64) {
+    const V n = __builtin_ia32_rndscaleps_mask(y, 0, y, 0xffff, 4);
+    return __builtin_ia32_scalefps512_mask(exp2_fraction<T>((V)__builtin_ia32_reduceps512_mask(y, 0, y, 0xffff)), n, n, 0xffff, 4);
+  } else if constexpr (sizeof(T) == 4) {
+    const V n = __builtin_ia32_rndscaleps_256_mask(y, 0, y, 0xff);
+    return __builtin_ia32_scalefps256_mask(exp2_fraction<T>((V)__builtin_ia32_reduceps256_mask(y, 0, y, 0xff)), n, n, 0xff);
   }
 #endif
-  y = min_(splat<T>(Vector<T>::kLargest), max_(splat<T>(-Vector<T>::kLargest), y));
-  const Vec<T> shifted = y + Vector<T>::kRound;
-  const Vec<T> p = exp2_fraction(y - (shifted - Vector<T>::kRound));
-  return (Vec<T>)((I)p + ((I)shifted << Vector<T>::kMantissa));
+  using I = decltype(y < y);  // integers of that size
+  y = min_(splat_as<V>(Vector<T>::kLargest), max_(splat_as<V>(-Vector<T>::kLargest), y));
+  const V shifted = y + Vector<T>::kRound;
+  const V p = exp2_fraction<T>(y - (shifted - Vector<T>::kRound));
+  return (V)((I)p + ((I)shifted << Vector<T>::kMantissa));
 }
 // sigmoid(x) where y = -x log2(e)
-template <class T> DIN_FAST_INLINE Vec<T> sigmoid_(Vec<T> y) { return T(1) / (exp2_<T>(y) + T(1)); }
+template <class T, class V> DIN_FAST_INLINE V sigmoid_(V y) { return T(1) / (exp2_<T>(y) + T(1)); }
 // To a few roundings relative to tanh itself: 1 - 2 / (e^2|x| + 1) loses digits where x is small, a polynomial takes over there
 // (S. Moshier's Cephes, tanhf.c and tanh.c).
-DIN_FAST_INLINE Vec<float> tanh_small(Vec<float> x, Vec<float> s) {
-  Vec<float> p = splat(-5.70498872745e-3f);
-  p = p * s + 2.06390887954e-2f;
-  p = p * s - 5.37397155531e-2f;
-  p = p * s + 1.33314422036e-1f;
-  p = p * s - 3.33332819422e-1f;
-  return p * s * x + x;
+template <class T, class V> DIN_FAST_INLINE V tanh_small(V x, V s) {
+  if constexpr (sizeof(T) == 4) {
+    V p = s * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    return p * s * x + x;
+  } else {
+    const V p = (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
+    const V q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
+    return p / q * s * x + x;
+  }
 }
-DIN_FAST_INLINE Vec<double> tanh_small(Vec<double> x, Vec<double> s) {
-  const Vec<double> p = (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
-  const Vec<double> q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
-  return p / q * s * x + x;
-}
-template <class T> DIN_FAST_INLINE Vec<T> tanh_(Vec<T> x) {
-  const Vec<T> size = x < Vec<T>{} ? -x : x;
-  const Vec<T> rest = T(1) - T(2) / (exp2_<T>(size * T(2 * kLog2e)) + T(1)), large = x < Vec<T>{} ? -rest : rest;
-  const Vec<T> small = tanh_small(x, x * x);
-  return size < splat<T>(T(0.625)) ? small : large;
+template <class T, class V> DIN_FAST_INLINE V tanh_(V x) {
+  const V size = x < V{} ? -x : x;
+  const V rest = T(1) - T(2) / (exp2_<T>(size * T(2 * kLog2e)) + T(1)), large = x < V{} ? -rest : rest;
+  const V small = tanh_small<T>(x, x * x);
+  return size < splat_as<V>(T(0.625)) ? small : large;
 }
 template <class T> DIN_FAST_INLINE Vec<T> sqrt_(Vec<T> v) {
   for (int i = 0; i < kLanes<T>; i++) v[i] = sizeof(T) == 4 ? (T)__builtin_sqrtf((float)v[i]) : (T)__builtin_sqrt((double)v[i]);
