@@ -86,7 +86,8 @@ def measure(task: Task, backends: Sequence[str], place: str, console: Console) -
             given = contenders.mode_inputs(case, mode)
             calls = {c.provider: contenders.ready(c, mode, given) for c in group}
             tick = _ticker(progress, task.rounds * len(group), f"{place} {what} {mode}")
-            timings[mode] = timing.alternate(calls, task.rounds, tick=tick)
+            with torch.set_grad_enabled(mode == contenders.TRAINING):
+                timings[mode] = timing.alternate(calls, task.rounds, tick=tick)
             for c in group:
                 c.check_backend()
         names = [c.provider for c in group]

@@ -28,11 +28,11 @@ CONFIGURATIONS: tuple[tuple[int, tuple[int, ...]], ...] = (
 SERVE = Case("fuxictr", 512, 1000, 64, (80, 40))  # one user
 SWEEP = Case("fuxictr", 128, 100, 32, (80, 40))
 SWEPT: dict[str, tuple[int, ...]] = {
-    "batch": (32, 64, 128, 256, 512),
-    "length": (50, 100, 200, 400, 800),
+    "batch": (128, 256, 512, 1024, 2048),
+    "length": (100, 200, 400, 800, 1600),
     "dim": (8, 16, 32, 64, 128),
 }
-SWEPT_CANDIDATES = (4, 16, 64, 256)
+SWEPT_CANDIDATES = (16, 64, 256, 1024)
 BOTH = (FORWARD, TRAINING)
 
 
@@ -133,6 +133,19 @@ def flops(case: Case, mode: str) -> int:
     matrix = case.dim * case.hidden_units[0] if case.hidden_units else case.dim
     forward = 2 * case.batch * (case.length * position + matrix)
     return 3 * forward if mode == TRAINING else forward
+
+
+def traffic(case: Case) -> int:
+    """The bytes that the passes of a training step of din_fast move, preset fuxictr, float32, in rows rounded up to 16:
+    z of every layer is kept, as each has batch statistics, and what is written is read before.
+
+    k is read by the first layer's statistics, the pooling, and the first and the last pass of the backward, and its
+    gradient is written. z is written once, and read by the statistics of the layer above (of the last, by the forward),
+    and by the two passes that end and begin at it. The gradient that a pass leaves to the next is written and read.
+    """
+    rows = case.batch * -(-case.length // 16) * 16
+    below = case.hidden_units[:-1]
+    return 4 * rows * (6 * case.dim + 5 * sum(case.hidden_units) + 3 * sum(below))
 
 
 def moved_bytes(case: Case, mode: str) -> int:

@@ -209,9 +209,10 @@ def mode_inputs(case: Case, mode: str) -> tuple[Tensor, ...]:
 
 
 def ready(contender: Contender, mode: str, given: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    """Set a contender to training or evaluation, and give the call that is timed."""
+    """Set a contender to training or evaluation, and give the call that is timed, ``with torch.set_grad_enabled(mode ==
+    TRAINING)`` around all calls."""
     contender.run.train(mode == TRAINING)
-    return partial(training_step if mode == TRAINING else forward, contender, *given)
+    return partial(training_step, contender, *given) if mode == TRAINING else partial(contender.run, *given)
 
 
 def forward(contender: Contender, history: Tensor, target: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench.ahead_of_time import WORKERS, Compiler, Launch, gpu_name
-from bench.gpu_report import KINDS, MAIN, OTHERS, Row, Task, calls, failures, row, tasks
+from bench.ahead_of_time import WORKERS, Compiled, Compiler, Launch, gpu_name
+from bench.gpu_report import KINDS, MAIN, MOST_OUTSIDE, OTHERS, Row, Task, calls, failures, row, tasks
+from bench.machine_code import least_spills
 from din_fast.backends.triton import tiling, tuned
 from din_fast.backends.triton.tiling import Limits, Plan, Shape, Tile
 
@@ -111,6 +112,9 @@ def measure(tile: Tile, launched: Sequence[Launch], task: Task, compiler: Compil
     trial = Trial(tile, best is None, 0.0, 0)
     for launch in launched:
         (compiled,) = compiler.compile_each([launch], task.capability)
+        least = replace(trial, bad=trial.bad + spilled(compiled))
+        if best is not None and least.rank > best.rank:
+            return replace(least, given_up=True)
         found: Row = row(compiled, task.size, task.kind, launch.kernel.__name__)
         if found.code is None:
             return None
@@ -119,6 +123,12 @@ def measure(tile: Tile, launched: Sequence[Launch], task: Task, compiler: Compil
         if best is not None and trial.rank > best.rank:
             return replace(trial, given_up=True)
     return trial
+
+
+def spilled(compiled: Compiled) -> int:
+    """What is not allowed of its spills at least, without reading its code."""
+    found = least_spills(compiled.kernel) if compiled.error is None else 0
+    return found if found > MOST_OUTSIDE else 0
 
 
 def search(task: Task, part: str, compiler: Compiler) -> Search | None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from bench import cases
 from bench.contenders import FOLDED, OURS, TRAINING, Case
-from bench.report import DICE, MACHINE, MILLISECONDS, PEAK, Row
+from bench.report import DICE, MACHINE, MEMORY, MILLISECONDS, PEAK, Row
 
 HEADINGS = (
     "batch, length, dim, hidden",
     "mode",
     "floor, ms",
+    "memory, ms",
     "din_fast, ms",
     "floor of it",
     "times folded, at the floor",
@@ -40,5 +41,7 @@ def lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
         if provider != OURS or folded is None or (threads, PEAK) not in machine:
             continue
         least = floor(Case.of("fuxictr", shape), mode, machine[threads, PEAK], machine[threads, DICE])
+        memory = machine.get((threads, MEMORY))  # older rows have none
+        moved = 1e-6 * cases.traffic(Case.of("fuxictr", shape)) / memory if memory and mode == TRAINING else None
         share, most, reached = f"{least / ours:.0%}", f"{folded / least:.2f}", f"{folded / ours:.2f}"
-        yield shape, mode, f"{least:.3g}", f"{ours:.3g}", share, most, reached
+        yield shape, mode, f"{least:.3g}", f"{moved:.3g}" if moved else "", f"{ours:.3g}", share, most, reached

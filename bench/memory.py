@@ -68,7 +68,8 @@ def _grow(case: Case, mode: str, c: Contender) -> float:
     """The peak of one call above the memory before it, in MiB."""
     size = case.batch if "compile" in c.provider else min(2, case.batch)
     first = contenders.mode_inputs(replace(case, batch=size), mode)
-    contenders.ready(c, mode, first)()
+    with torch.set_grad_enabled(mode == contenders.TRAINING):
+        contenders.ready(c, mode, first)()
     del first
     for p in c.unit.parameters():
         p.grad = None
@@ -77,7 +78,8 @@ def _grow(case: Case, mode: str, c: Contender) -> float:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _kilobytes("VmRSS:")
-    call()
+    with torch.set_grad_enabled(mode == contenders.TRAINING):
+        call()
     c.check_backend()
     return (_kilobytes("VmHWM:") - before) / 1024
 

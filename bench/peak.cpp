@@ -97,9 +97,26 @@ struct Rate {
   double all = 0, one = 0;
 };
 
+// b = factor a, each thread over arrays of its own that are larger than caches: the bytes read, written, and read because
+// they are to be written.
+constexpr long ARRAY = 1 << 24, PIECE = 1 << 14;  // floats: 64 MiB, and what is done a turn
+std::vector<float> arrays;
+std::atomic<long> streams{0};
+double stream(long turns) {
+  const long threads = long(arrays.size() / (2 * ARRAY)), mine = streams++ % threads;
+  float *from = arrays.data() + 2 * mine * ARRAY, *to = from + ARRAY;
+  volatile float now = 0.5f;
+  const float factor = now;
+  for (long t = 0; t < turns; ++t) {
+    const long at = t * PIECE % ARRAY;
+    for (long i = at; i < at + PIECE; ++i) to[i] = factor * from[i];
+  }
+  return 3.0 * sizeof(float) * PIECE * double(turns);
+}
+
 // Units of work a nanosecond: of all threads together, and of the fastest.
 Rate rate(double (*work)(long), int threads) {
-  long turns = 1000;
+  long turns = 100;
   for (;;) {  // long enough for the clock
     auto begin = Clock::now();
     work(turns);
@@ -135,5 +152,6 @@ int main(int argc, char** argv) {
   int threads = argc > 1 ? std::atoi(argv[1]) : 1;
   double cycles = rate(add, threads).one;
   double of_8 = rate(multiply_add<Vector8>, threads).all, of_16 = rate(multiply_add<Vector16>, threads).all;
-  std::printf("%.6g %.6g %.6g %.6g\n", cycles, of_8, of_16, rate(dice, threads).all);
+  arrays.assign(2 * ARRAY * threads, 1.f);
+  std::printf("%.6g %.6g %.6g %.6g %.6g\n", cycles, of_8, of_16, rate(dice, threads).all, rate(stream, threads).all);
 }

@@ -1,4 +1,4 @@
-"""The FMA peak of the machine, and its rate at Dice, measured by loops: ``python -m bench.peak``.
+"""The FMA peak of the machine, and its rates at Dice and in memory, measured by loops: ``python -m bench.peak``.
 
 bench/peak.cpp is compiled into a temporary folder. The peak of the threads in use should be threads x clock x lanes
 x 4: two units, a multiplication and an addition each. Lanes is the width of the data path, in floats: where a loop with
@@ -30,6 +30,7 @@ class Peak:
         gflops: GFLOP/s of all threads, with the faster of both vectors.
         lanes: width of the data path, in floats: 8 or 16.
         dice: 10^9 Dice activations a second of all threads, with the kernel's own arithmetic and z in the cache.
+        memory: GB a second that all threads move in arrays larger than caches, with the reads that writes cost.
     """
 
     threads: int
@@ -37,6 +38,7 @@ class Peak:
     gflops: float
     lanes: int
     dice: float
+    memory: float
 
     @property
     def share(self) -> float:
@@ -46,7 +48,8 @@ class Peak:
     def __str__(self) -> str:
         told = (
             f"FMA peak {self.gflops:.0f} GFLOP/s with {self.threads} threads, clock {self.clock:.2f} GHz, data path "
-            f"{self.lanes} floats: {self.share:.0%} of threads x clock x lanes x 4; {self.dice:.1f} G Dice/s"
+            f"{self.lanes} floats: {self.share:.0%} of threads x clock x lanes x 4; {self.dice:.1f} G Dice/s; "
+            f"memory {self.memory:.1f} GB/s"
         )
         return told if self.share >= EXPECTED else f"{told} (under {EXPECTED:.0%}: is the machine idle?)"
 
@@ -57,9 +60,9 @@ def compiler() -> str | None:
     return next((found for name in (asked, "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
 
 
-def judge(threads: int, clock: float, of_8: float, of_16: float, dice: float) -> Peak:
+def judge(threads: int, clock: float, of_8: float, of_16: float, dice: float, memory: float) -> Peak:
     """From the rates of both loops, in GFLOP/s."""
-    return Peak(threads, clock, max(of_8, of_16), 16 if of_16 > FULL_RATE * of_8 else 8, dice)
+    return Peak(threads, clock, max(of_8, of_16), 16 if of_16 > FULL_RATE * of_8 else 8, dice, memory)
 
 
 def measure(threads: int) -> Peak | str:

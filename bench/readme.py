@@ -216,7 +216,9 @@ def text(rows: Sequence[Row], figures: Sequence[str]) -> str:
         (
             "The floor: the unavoidable multiplications and additions at the FMA peak, and each activation once (in "
             "training twice) at the rate of the kernel's own arithmetic in the cache, as if nothing else took time. At "
-            "the floor, the compiled folded form would take that many times as long.",
+            "the floor, the compiled folded form would take that many times as long. Memory: what the passes of a "
+            "training step read and write (bench/cases.py, traffic), at the rate of a loop over arrays larger than "
+            "caches.",
             table(limits.HEADINGS, limits.lines(most)),
         ),
         (f"Where {OURS} is under {WANTED} times as fast as the compiled folded form:", slow_cases(rows)),

@@ -28,6 +28,7 @@ MACHINE = "machine"  # the provider of the rows about the machine itself
 MILLISECONDS, SAMPLES, MEBIBYTES = "milliseconds", "samples a second", "MiB beyond inputs"
 PEAK, CLOCK, PEAK_SHARE = "FMA peak, GFLOP/s", "clock, GHz", "share of theoretical FMA peak"
 DICE = "Dice, 10^9 a second"
+MEMORY = "memory, GB a second"
 FMA_SHARE, BANDWIDTH, UNIT_SHARE = "share of FMA peak", "GB a second", "share of the units"
 
 
@@ -196,9 +197,9 @@ def rows(f: Found, peak: Peak | None) -> list[Row]:
 
 
 def machine_rows(peak: Peak) -> list[Row]:
-    """The FMA peak that shares are of, and the clock."""
+    """The FMA peak that shares are of, the clock, and the rates at Dice and in memory."""
     f = Found("", "", "", "", 0, {}, {})
-    told = {PEAK: peak.gflops, CLOCK: peak.clock, PEAK_SHARE: peak.share, DICE: peak.dice}
+    told = {PEAK: peak.gflops, CLOCK: peak.clock, PEAK_SHARE: peak.share, DICE: peak.dice, MEMORY: peak.memory}
     return [_row(f, MACHINE, "", metric, (value, value, value), 1, 0) for metric, value in told.items()]
 
 

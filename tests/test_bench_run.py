@@ -35,7 +35,7 @@ from bench.parity import Check
 from bench.report import Row
 from tests.test_bench import Broken, broken_group, contenders_build
 
-PEAK = peak.Peak(threads=2, clock=3.0, gflops=100.0, lanes=8, dice=5.0)
+PEAK = peak.Peak(threads=2, clock=3.0, gflops=100.0, lanes=8, dice=5.0, memory=20.0)
 TINY: tuple[int, int, int, tuple[int, ...]] = (5, 9, 6, (7, 5))
 
 
@@ -408,20 +408,26 @@ def test_the_floor_is_the_operations_and_activations_at_the_machine_s_rates() ->
     assert limits.floor(case, TRAINING, 100.0, 5.0) == pytest.approx(1e-6 * (3 * products / 100 + 2 * 3 * 5 * 10 / 5))
 
 
+def test_what_the_passes_of_a_training_step_move() -> None:
+    rows = 3 * 16  # 5 positions, in rows of 16
+    assert cases.traffic(contenders.Case("fuxictr", 3, 5, 2, (4,))) == 4 * rows * (6 * 2 + 5 * 4)
+    assert cases.traffic(contenders.Case("fuxictr", 3, 5, 2, (4, 6))) == 4 * rows * (6 * 2 + 5 * 10 + 3 * 4)
+
+
 def test_the_peak_s_loop_compiles_and_runs() -> None:
     if peak.compiler() is None:
         pytest.skip("no C++ compiler was found")
     found = peak.measure(1)
     assert isinstance(found, peak.Peak), found
     assert found.gflops > 0 and 0.3 < found.clock < 10 and found.lanes in (8, 16) and found.threads == 1
-    assert 0.01 < found.dice < found.gflops
+    assert 0.01 < found.dice < found.gflops and 0.1 < found.memory < 1000
 
 
 def test_the_width_of_the_data_path() -> None:
-    assert peak.judge(2, 3.0, 190.0, 192.0, 9.0) == peak.Peak(2, 3.0, 192.0, 8, 9.0)
-    full = peak.judge(2, 3.0, 190.0, 380.0, 9.0)
-    assert full == peak.Peak(2, 3.0, 380.0, 16, 9.0) and full.share == pytest.approx(380 / 384)
-    assert "under 90%" not in str(full) and "under 90%" in str(peak.judge(2, 3.0, 150.0, 150.0, 9.0))
+    assert peak.judge(2, 3.0, 190.0, 192.0, 9.0, 20.0) == peak.Peak(2, 3.0, 192.0, 8, 9.0, 20.0)
+    full = peak.judge(2, 3.0, 190.0, 380.0, 9.0, 20.0)
+    assert full == peak.Peak(2, 3.0, 380.0, 16, 9.0, 20.0) and full.share == pytest.approx(380 / 384)
+    assert "under 90%" not in str(full) and "under 90%" in str(peak.judge(2, 3.0, 150.0, 150.0, 9.0, 20.0))
 
 
 def test_without_a_compiler_the_share_is_left_out(

@@ -15,6 +15,7 @@ from bench.gpu_model import BOUNDS, Work
 from bench.gpu_report import (
     CALLS,
     MAIN,
+    MOST_OUTSIDE,
     Found,
     Row,
     Size,
@@ -38,6 +39,7 @@ from bench.machine_code import (
     is_matrix,
     is_special,
     is_spill,
+    least_spills,
     load_bits,
     number,
     occupancy,
@@ -281,8 +283,10 @@ def test_a_tile_that_spills_fails(cache: None, monkeypatch: pytest.MonkeyPatch) 
     huge = tiling.Tile(1, 256, tiling.CHUNK, 64, False, 1)
     monkeypatch.setattr(tiling, "_forward_tile", lambda shape, rows, chip: huge)
     (launch,) = gpu_report.calls(size, "bfloat16", 80).inference
-    found = gpu_report.row(compile_launch(launch, 80), size, "bfloat16", "forward")
+    compiled = compile_launch(launch, 80)
+    found = gpu_report.row(compiled, size, "bfloat16", "forward")
     assert found.tile == "1x256" and found.code is not None
+    assert MOST_OUTSIDE < least_spills(compiled.kernel) <= found.code.spills_looped + found.code.spills_outside
     assert failures(found)["local loads and stores in loops"] > 100
     assert any("local loads and stores in loops" in reason for reason in gate([found], {}))
 

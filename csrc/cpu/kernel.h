@@ -269,7 +269,7 @@ template <class T> struct Work {
     q_rows = s.zeros<T>((int64_t)W * call.Dp);
     q_panel = s.take<T>((int64_t)W * call.Dp);
     c_panel = s.take<T>((int64_t)W * call.Hp[0]);
-    rows_copy = s.zeros<T>((int64_t)kBlock * W * call.Dp);
+    rows_copy = call.D == call.Dp ? s.take<T>((int64_t)kBlock * W * call.Dp) : s.zeros<T>((int64_t)kBlock * W * call.Dp);
     own_panel = s.take<T>((int64_t)kBlock * W * call.Dp);
     counted_space = s.take<T>(kBlock * W);
     const int64_t whole = (u.length + W - 1) / W * W * call.Dp;
@@ -290,11 +290,20 @@ template <class T> struct Work {
     }
   }
 
-  // q and c of the candidates [first, first + W): lanes are candidates here
+  // q and c of the candidates [first, first + W): lanes are candidates, or, where those are few, hidden units
   void begin_group(int64_t first) {
     const int n = (int)imin((int64_t)W, candidates.end - first), Hp = call.Hp[0];
     for (int i = 0; i < n; i++) read_row<T>(u.storage, u.query, (first + i) * u.query_stride, call.D, q_rows + (int64_t)i * call.Dp);
     if (!call.folds_z) return;
+    if (n <= W / 8) {
+      for (int i = 0; i < n; i++)
+        for (int h = 0; h < Hp; h += W) {
+          Vec<T> sum = load(call.bias + h);
+          for (int d = 0; d < call.D; d++) sum += q_rows[(int64_t)i * call.Dp + d] * load(call.a_q_t + (int64_t)d * Hp + h);
+          store(c_rows + (int64_t)i * Hp + h, sum);
+        }
+      return;
+    }
     for (int d = 0; d < call.D; d++)
       for (int i = 0; i < W; i++) q_panel[d * W + i] = i < n ? q_rows[(int64_t)i * call.Dp + d] : T(0);
     product<T>(ahead, vectors_of<T>(n), call.H[0], call.D, call.a_q_t, Hp, q_panel, 0, c_panel, 0, call.bias);
