@@ -197,6 +197,7 @@ def text(rows: Sequence[Row], figures: Sequence[str]) -> str:
             work(most, "shape"),
         ),
         ("The frameworks' own configurations, milliseconds:", _times(groups(most, "configuration"))),
+        ("", work(most, "configuration")),
         ("A single history, in microseconds:", _times(groups(most, "small batch"), scale=1000)),
         (
             "Many candidates over one history, which the others are given expanded, as a view; milliseconds:",
