@@ -169,7 +169,9 @@ def write(found: Iterable[Search], path: Path = tiling.TABLE) -> None:
         if f.not_best():
             best = f.trials[0].tile
             chip.setdefault(f.key, {})[f.part] = [best.positions, best.warps]
-    path.write_text(_json(now), encoding="utf-8")
+    whole = path.with_suffix(".new")  # other searches read the table meanwhile
+    whole.write_text(_json(now), encoding="utf-8")
+    whole.replace(path)
     tiling.forget()
 
 
