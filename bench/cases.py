@@ -92,7 +92,7 @@ def full() -> list[Task]:
 
 
 def sweep() -> list[Task]:
-    """About half an hour: one quantity of :data:`SWEPT` after the other, the rest as in :data:`SWEEP`."""
+    """About seven minutes: one quantity of :data:`SWEPT` after the other, the rest as in :data:`SWEEP`."""
     tasks = []
     for name, values in SWEPT.items():
         for value in values:

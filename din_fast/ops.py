@@ -52,6 +52,7 @@ Groups = Sequence["ProcessGroup | None"]
 PANEL_ROWS = 16  # kept rows of a candidate are rounded up to this, csrc/unit.h
 
 
+# A context in which ops are called past their autograd kernels: see `call`, which checks what may be traced.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
